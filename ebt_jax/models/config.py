@@ -1,0 +1,112 @@
+"""What a model is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ebt_jax.errors import UserError
+
+# layers, heads, width (paper, table D.1; 4xs and 3xs from the published code)
+SIZES = {
+    "4xs": (2, 2, 128),
+    "3xs": (4, 4, 256),
+    "xxs": (6, 6, 384),
+    "xs": (12, 6, 384),
+    "small": (12, 12, 768),
+    "medium": (24, 16, 1024),
+    "large": (24, 16, 1536),
+    "xl": (24, 32, 2048),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A causal model of token sequences: an energy network or a Transformer++."""
+
+    kind: str = "ebt"  # ebt | transformer_pp
+    size: str = "4xs"  # 4xs | 3xs | xxs | xs | small | medium | large | xl
+    num_layers: int = 0  # blocks; 0: the size's
+    num_heads: int = 0  # attention heads; 0: the size's
+    dim: int = 0  # width of the residual stream; 0: the size's
+    ffn_multiplier: float = 1.0  # feed-forward hidden width / dim
+    vocab_size: int = 0  # entries of the candidate; 0: the tokenizer's
+    num_landscapes: int = 0  # step embeddings; 0: refine.num_landscapes
+    conditioning: str = "time_embed"  # default | time_embed | adaln | adaln_zero
+    candidate_input: str = "embedding"  # embedding (published) | anchored (+ its token)
+    tied_embedding: bool = False  # True: candidates are embedded by the token table
+    norm: str = "rms"  # rms | layer | dyt | none
+    dyt_alpha: float = 0.5  # initial slope of the dyt norm
+    activation: str = "silu"  # silu | relu | gelu | elu
+    dtype: str = "float32"  # compute: float32 | bfloat16; parameters stay float32
+    remat: str = "none"  # none | dots | full: what each block recomputes backwards
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return self.num_layers or SIZES[self.size][0]
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return self.num_heads or SIZES[self.size][1]
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self.dim or SIZES[self.size][2]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the feed-forward part."""
+        return int(self.ffn_multiplier * self.width)
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("kind", ("ebt", "transformer_pp")),
+            ("size", tuple(SIZES)),
+            ("conditioning", ("default", "time_embed", "adaln", "adaln_zero")),
+            ("candidate_input", ("embedding", "anchored")),
+            ("norm", ("rms", "layer", "dyt", "none")),
+            ("activation", ("silu", "relu", "gelu", "elu")),
+            ("dtype", ("float32", "bfloat16")),
+            ("remat", ("none", "dots", "full")),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(
+                    f"model.{name} is {value!r}, but has to be one of "
+                    f"{', '.join(choices)}"
+                )
+        for name in ("num_layers", "num_heads", "dim", "vocab_size", "num_landscapes"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)}, but has to be positive, "
+                    "or 0 for its default"
+                )
+        if self.hidden < 1:
+            raise UserError(
+                f"model.ffn_multiplier is {self.ffn_multiplier}, which leaves "
+                f"{self.hidden} hidden units of {self.width}; raise it"
+            )
+        if self.width % self.heads:
+            raise UserError(
+                f"model: {self.heads} heads do not divide width {self.width}; change "
+                "model.num_heads or model.dim"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"model: width {self.width} over {self.heads} heads gives head size "
+                f"{self.head_dim}, but rotary positions need an even one; change "
+                "model.num_heads or model.dim"
+            )
+        if self.candidate_input == "anchored" and self.conditioning == "time_embed":
+            raise UserError(
+                "model.candidate_input is 'anchored', which has no step token, but "
+                "model.conditioning is 'time_embed'; set it to 'default', 'adaln' or "
+                "'adaln_zero'"
+            )

@@ -1,0 +1,697 @@
+"""Refinement: predict by gradient descent on a candidate, inside one `lax.scan`.
+
+An energy-based model scores a candidate prediction in a context and predicts by
+lowering that score (Gladstone et al. 2025, arXiv 2507.02092, algorithm 1). With
+stored candidate z, energy-space candidate c, standard normals eps and step size a,
+
+    c_i     = normalize(z_i + noise_std * eps_i)
+    g_i     = d sum(E(params, context, c_i, landscape_i)) / d c_i
+    z_{i+1} = c_i - a * g_i
+
+The gradient is taken at c, after normalisation, and the update starts from c. This
+is what the published code computes; its text says "with respect to the logits".
+
+Training differentiates through these steps. `RefineConfig.backprop` says how far:
+
+=========== ===================================== ==============================
+backprop    constants of the meta-gradient        what is left to differentiate
+=========== ===================================== ==============================
+per_step    z_i, before every step                each step alone: its inner
+                                                  gradient, step size and noise
+truncated   g_i of all steps but the last         the last inner gradient, and
+                                                  z, step sizes and noise of all
+full        nothing                               everything
+=========== ===================================== ==============================
+
+Each differentiates an inner gradient, so a step's meta-gradient holds mixed second
+derivatives of the energy. They are symmetric: with cotangent u of g,
+d<g, u>/d(params, context, c) is the derivative, along u in candidate space, of the
+full gradient of the energy. `meta_gradient="rule"` computes just that, one
+`jax.jvp` of one `jax.grad`, from nothing but the step's inputs; `"autodiff"` lets
+JAX differentiate the scan, twice as much memory and the reference in the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+PyTree = Any
+
+
+class EnergyFn(Protocol):
+    """An energy: one scalar for each independent prediction, lower is better."""
+
+    def __call__(
+        self, params: PyTree, context: PyTree, candidate: PyTree, landscape: jax.Array
+    ) -> jax.Array:
+        """Scores a candidate.
+
+        Args:
+          params: any pytree.
+          context: what is predicted from, any pytree.
+          candidate: what is scored; leaves `[*batch, ...]`.
+          landscape: int32 scalar, which of the model's energy landscapes to use.
+
+        Returns:
+          Energies `[*batch]`. An energy may depend on its own candidate alone.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineConfig:
+    """How a candidate is refined. Static: part of the compiled program."""
+
+    num_steps: int = 2  # refinement steps; the most, where min_steps is set
+    min_steps: int = 0  # fewest steps where their number is drawn; 0: always num_steps
+    num_landscapes: int = 1  # energy landscapes; step i uses landscape i
+    final_landscape_only: bool = True  # extra steps: True in the last one, False in each
+    backprop: str = "per_step"  # per_step | truncated | full: see the module docstring
+    meta_gradient: str = "rule"  # rule | autodiff: see the module docstring
+    normalize_steps: str = "all"  # all | first (landscape 0 only) | none
+    noise_std: float = 0.0  # Langevin noise added to the stored candidate, std
+    step_size_jitter: float = 1.0  # s: step sizes drawn from U[a/s, a*s] per prediction
+    gradient_clamp: float = 0.0  # largest |step_size * gradient entry|; 0: no clamp
+    absolute_clamp: float = 0.0  # largest |candidate entry| after a step; 0: no clamp
+    sharpen: float = 0.0  # divides the candidate by this after a step; 0: does not
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
+        _require(
+            0 <= self.min_steps <= self.num_steps,
+            "min_steps",
+            self.min_steps,
+            f"between 0 and num_steps ({self.num_steps})",
+        )
+        _require(
+            1 <= self.num_landscapes,
+            "num_landscapes",
+            self.num_landscapes,
+            "at least 1",
+        )
+        for name, choices in (
+            ("backprop", ("per_step", "truncated", "full")),
+            ("meta_gradient", ("rule", "autodiff")),
+            ("normalize_steps", ("all", "first", "none")),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, name, value, f"one of {', '.join(choices)}")
+        for name in ("noise_std", "gradient_clamp", "absolute_clamp", "sharpen"):
+            value = getattr(self, name)
+            _require(value >= 0, name, value, "zero or positive")
+        _require(
+            self.step_size_jitter >= 1,
+            "step_size_jitter",
+            self.step_size_jitter,
+            "at least 1 (1 draws nothing)",
+        )
+        if not self.final_landscape_only:
+            for name in ("num_steps", "min_steps"):
+                value = getattr(self, name)
+                _require(
+                    value % self.num_landscapes == 0,
+                    name,
+                    value,
+                    f"a multiple of num_landscapes ({self.num_landscapes}) when "
+                    "final_landscape_only is False",
+                )
+
+
+class Schedule(NamedTuple):
+    """Which landscape each refinement step uses, and how many steps are taken.
+
+    Attributes:
+      landscape: int32 `[num_steps]`, the landscape of each step.
+      length: how many of them are taken: a Python int, or an int32 scalar where the
+        number is drawn; the compiled program is the same for every draw.
+    """
+
+    landscape: jax.Array
+    length: int | jax.Array
+
+
+class Step(NamedTuple):
+    """One refinement step, as shown to `observe`.
+
+    Attributes:
+      index: int32 scalar, 0 for the first step.
+      landscape: int32 scalar.
+      is_last: bool scalar, whether no step follows.
+      before: the normalised candidate c_i, at which energy and gradient are taken.
+      after: the stored candidate z_{i+1}.
+      energy: `[*batch]`, E at `before`.
+      gradient: dE/dc at `before`, as the energy gives it (not clamped).
+    """
+
+    index: jax.Array
+    landscape: jax.Array
+    is_last: jax.Array
+    before: PyTree
+    after: PyTree
+    energy: jax.Array
+    gradient: PyTree
+
+
+class Refined(NamedTuple):
+    """What `refine` returns.
+
+    Attributes:
+      candidate: the stored candidate after the last step, not normalised.
+      trajectory: what `observe` returned, stacked over steps `[num_steps, ...]`; zeros
+        for steps that were not taken.
+    """
+
+    candidate: PyTree
+    trajectory: PyTree
+
+
+class Converged(NamedTuple):
+    """What `refine_until` returns.
+
+    Attributes:
+      candidate: the stored candidate of each prediction when it stopped.
+      energy: `[*batch]`, the last energy each prediction was evaluated at.
+      num_steps: int32 `[*batch]`, updates each prediction took.
+      converged: bool `[*batch]`, False where `max_steps` ended it.
+    """
+
+    candidate: PyTree
+    energy: jax.Array
+    num_steps: jax.Array
+    converged: jax.Array
+
+
+def energy_and_norm(step: Step) -> dict[str, jax.Array]:
+    """The default observation: constants `energy` and `gradient_norm`, `[*batch]`."""
+    squares = [
+        jnp.sum(jnp.square(g), axis=tuple(range(step.energy.ndim, g.ndim)))
+        for g in jax.tree.leaves(step.gradient)
+    ]
+    norm = jnp.sqrt(sum(squares[1:], squares[0]))
+    return jax.lax.stop_gradient({"energy": step.energy, "gradient_norm": norm})
+
+
+def make_schedule(config: RefineConfig, key: jax.Array | None = None) -> Schedule:
+    """The landscapes of the refinement steps.
+
+    Without a key the schedule is the one used in evaluation: the most steps, extra
+    steps in the last landscape. With a key, and where `min_steps` is set, the number
+    of steps is drawn uniformly, from [min_steps, num_steps] where extra steps go to
+    the last landscape, otherwise for each landscape from its equal share of both.
+
+    Args:
+      config: `num_steps`, `min_steps`, `num_landscapes`, `final_landscape_only`.
+      key: a PRNG key, or None.
+    """
+    last = config.num_landscapes - 1
+    if config.final_landscape_only:
+        landscape = jnp.minimum(jnp.arange(config.num_steps), last)
+        if key is None or not config.min_steps:
+            return Schedule(landscape, config.num_steps)
+        length = jax.random.randint(key, (), config.min_steps, config.num_steps + 1)
+        return Schedule(landscape, length)
+    most = config.num_steps // config.num_landscapes
+    if key is None or not config.min_steps:
+        if config.min_steps:
+            landscape = jnp.minimum(jnp.arange(config.num_steps), last)
+            return Schedule(landscape, last + most)
+        return Schedule(jnp.arange(config.num_steps) // most, config.num_steps)
+    fewest = config.min_steps // config.num_landscapes
+    repeats = jax.random.randint(key, (config.num_landscapes,), fewest, most + 1)
+    ends = jnp.cumsum(repeats)
+    landscape = jnp.searchsorted(ends, jnp.arange(config.num_steps), side="right")
+    return Schedule(jnp.minimum(landscape, last).astype(jnp.int32), ends[-1])
+
+
+def refine(
+    energy_fn: EnergyFn,
+    params: PyTree,
+    context: PyTree,
+    candidate: PyTree,
+    *,
+    step_size: ArrayLike,
+    config: RefineConfig,
+    key: jax.Array | None = None,
+    noise: PyTree | None = None,
+    normalize: Callable[[PyTree], PyTree] | None = None,
+    transform: optax.GradientTransformation | None = None,
+    observe: Callable[[Step], PyTree] | None = None,
+    noise_std: ArrayLike | None = None,
+    jitter: jax.Array | None = None,
+    schedule: Schedule | None = None,
+) -> Refined:
+    """Refines a candidate by gradient descent on its energy.
+
+    Args:
+      energy_fn: see `EnergyFn`.
+      params: passed to `energy_fn`; differentiable.
+      context: passed to `energy_fn`; differentiable.
+      candidate: the initial candidate, any pytree of float leaves `[*batch, ...]`.
+      step_size: positive scalar, or an array broadcastable to the energies; a learnt
+        parameter, hence differentiable.
+      config: see `RefineConfig`.
+      key: PRNG key for whatever is drawn: noise, step-size jitter, number of steps.
+        A scalar key, or keys `[*batch]`, one for each prediction: then no draw depends
+        on how predictions are batched, and the number of steps is not drawn.
+      noise: standard normals in place of drawn ones, leaves `[num_steps, *batch, ...]`.
+      normalize: maps a stored candidate to energy space, e.g. softmax; default
+        identity.
+      transform: an Optax transformation of the inner gradient. It maps gradients to
+        the direction that is subtracted: compose `scale_by_*` pieces, which keep the
+        sign, not whole optimisers such as `optax.adam`, which flip it.
+      observe: what to record of each step; called inside the scan. A loss computed
+        here is differentiable and costs no stacked candidates.
+      noise_std: learnt standard deviation, in place of `config.noise_std`.
+      jitter: standard uniforms `[*batch]` in place of drawn ones.
+      schedule: in place of the one that `config` and `key` give.
+
+    Returns:
+      See `Refined`.
+
+    Raises:
+      ValueError, TypeError: at trace time, if the energy's shape is not a leading part
+        of the candidate's, a dtype is not floating, or something has to be drawn and
+        there is no key.
+    """
+    batch = _check_energy(energy_fn, params, context, candidate)
+    observe = energy_and_norm if observe is None else observe
+    noisy = noise_std is not None or config.noise_std > 0
+    jittered = jitter is not None or config.step_size_jitter > 1
+    per_prediction = key is not None and key.ndim > 0
+    if key is None and (noisy and noise is None or jittered and jitter is None):
+        what = "noise" if noisy and noise is None else "a step-size jitter"
+        raise ValueError(f"refine has to draw {what} but got key=None; pass a PRNG key")
+    keys = (None,) * 3 if key is None else _split(key, 3)
+    if schedule is None:
+        schedule = make_schedule(config, None if per_prediction else keys[0])
+    scale = config.noise_std if noise_std is None else noise_std
+    base = jnp.asarray(step_size, _float_dtype(candidate))
+    sizes = base
+    if jittered:
+        uniform = _uniform(keys[1], batch, base.dtype) if jitter is None else jitter
+        low, high = base / config.step_size_jitter, base * config.step_size_jitter
+        sizes = low + uniform * (high - low)
+
+    gradient_fn = energy_and_gradient(energy_fn, config.meta_gradient)
+    num_steps = schedule.landscape.shape[0]
+    # Steps that are not taken come first, so that the last one is always the same.
+    skipped = num_steps - schedule.length
+
+    def step(carry, slot, constant_gradient):
+        stored, transform_state = carry
+        index = slot - skipped
+        taken = None if isinstance(skipped, int) and skipped == 0 else index >= 0
+        landscape = schedule.landscape[index]
+        start = stored
+        if config.backprop == "per_step":
+            start, transform_state = jax.lax.stop_gradient((stored, transform_state))
+        if noisy:
+            normals = (
+                _normal_like(_fold_in(keys[2], index), start, len(batch))
+                if noise is None
+                else jax.tree.map(lambda n: n[index], noise)
+            )
+            start = jax.tree.map(lambda z, n: z + scale * n, start, normals)
+        before = _normalize(normalize, config.normalize_steps, start, landscape)
+        energy, gradient = gradient_fn(params, context, before, landscape, taken)
+        if constant_gradient:
+            gradient = jax.lax.stop_gradient(gradient)
+        after, state = _update(
+            before, gradient, sizes, base, config, transform, transform_state, batch
+        )
+        is_last = slot == num_steps - 1
+        seen = observe(Step(index, landscape, is_last, before, after, energy, gradient))
+        if taken is not None:
+            after, state = _where(taken, (after, state), (stored, transform_state))
+            seen = _where(taken, seen, jax.tree.map(jnp.zeros_like, seen))
+        return (after, state), seen
+
+    carry = (
+        jax.tree.map(jnp.asarray, candidate),
+        None if transform is None else transform.init(candidate),
+    )
+    slots = jnp.arange(num_steps)
+    if config.backprop == "truncated":
+        carry, early = jax.lax.scan(
+            lambda carry, slot: step(carry, slot, True), carry, slots[:-1]
+        )
+        carry, last = step(carry, slots[-1], False)
+        trajectory = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b[None]]), early, last
+        )
+    else:
+        carry, trajectory = jax.lax.scan(
+            lambda carry, slot: step(carry, slot, False), carry, slots
+        )
+    if not (isinstance(skipped, int) and skipped == 0):
+        trajectory = jax.tree.map(lambda t: jnp.roll(t, -skipped, axis=0), trajectory)
+    return Refined(carry[0], trajectory)
+
+
+def refine_until(
+    energy_fn: EnergyFn,
+    params: PyTree,
+    context: PyTree,
+    candidate: PyTree,
+    *,
+    step_size: ArrayLike,
+    config: RefineConfig,
+    max_steps: int,
+    tolerance: float = 0.0,
+    key: jax.Array | None = None,
+    normalize: Callable[[PyTree], PyTree] | None = None,
+    transform: optax.GradientTransformation | None = None,
+) -> Converged:
+    """Refines each prediction until its energy stops falling. Forward only.
+
+    A prediction stops when E(c_i) >= E(c_{i-1}) - tolerance, or is not finite, and
+    keeps the stored candidate z_i that gave c_i. Energies of different landscapes are
+    not comparable, so the test starts with the second step in the last landscape.
+
+    Args:
+      energy_fn: see `EnergyFn`.
+      params: passed to `energy_fn`.
+      context: passed to `energy_fn`.
+      candidate: the initial candidate, leaves `[*batch, ...]`.
+      step_size: positive scalar, or an array broadcastable to the energies.
+      config: clamps, noise and landscapes; `num_steps`, `min_steps`, `backprop` and
+        `step_size_jitter` have no part in it.
+      max_steps: the most updates of a prediction.
+      tolerance: by how much an energy has to fall, in units of the energy.
+      key: PRNG key, scalar or `[*batch]`, where `config.noise_std` > 0.
+      normalize: as in `refine`.
+      transform: as in `refine`.
+
+    Returns:
+      See `Converged`.
+
+    Raises:
+      ValueError, TypeError: as `refine` does, and for `max_steps` < 1 or
+        `tolerance` < 0.
+    """
+    _require(max_steps >= 1, "max_steps", max_steps, "at least 1")
+    _require(tolerance >= 0, "tolerance", tolerance, "zero or positive")
+    batch = _check_energy(energy_fn, params, context, candidate)
+    if config.noise_std > 0 and key is None:
+        raise ValueError("refine_until has to draw noise but got key=None; pass a key")
+    candidate = jax.tree.map(jnp.asarray, candidate)
+    base = jnp.asarray(step_size, _float_dtype(candidate))
+    gradient_fn = energy_and_gradient(energy_fn, "autodiff")
+    last = config.num_landscapes - 1
+
+    def unfinished(carry):
+        index, _, _, _, _, running = carry
+        return (index < max_steps) & running.any()
+
+    def step(carry):
+        index, stored, state, previous, count, running = carry
+        landscape = jnp.minimum(index, last)
+        start = stored
+        if key is not None and config.noise_std > 0:
+            normals = _normal_like(_fold_in(key, index), start, len(batch))
+            start = jax.tree.map(lambda z, n: z + config.noise_std * n, start, normals)
+        before = _normalize(normalize, config.normalize_steps, start, landscape)
+        energy, gradient = gradient_fn(params, context, before, landscape, None)
+        falling = (energy < previous - tolerance) & jnp.isfinite(energy)
+        running &= falling | ((index <= last) & jnp.isfinite(energy))
+        after, new_state = _update(
+            before, gradient, base, base, config, transform, state, batch
+        )
+        stored = _where(running, after, stored)
+        state = _where(running.any(), new_state, state)
+        previous = jnp.where(running, energy, previous)
+        return index + 1, stored, state, previous, count + running, running
+
+    shape = jax.eval_shape(energy_fn, params, context, candidate, jnp.int32(0))
+    carry = (
+        jnp.int32(0),
+        candidate,
+        None if transform is None else transform.init(candidate),
+        jnp.full(batch, jnp.inf, _accumulator(shape.dtype)),
+        jnp.zeros(batch, jnp.int32),
+        jnp.ones(batch, bool),
+    )
+    _, stored, _, energy, count, running = jax.lax.while_loop(unfinished, step, carry)
+    return Converged(stored, energy, count, ~running)
+
+
+def energy_and_gradient(energy_fn: EnergyFn, meta_gradient: str = "rule") -> Callable:
+    """The energy and its inner gradient, with a derivative rule of its own.
+
+    Args:
+      energy_fn: see `EnergyFn`.
+      meta_gradient: "rule" for one level of reverse differentiation through the result
+        (see the module docstring), "autodiff" for any differentiation at all.
+
+    Returns:
+      `(params, context, candidate, landscape, taken) -> (energy [*batch], gradient)`;
+      where `taken` is a bool scalar and False, zeros and next to no work in both
+      directions. It is None for a step that is always taken.
+    """
+
+    def total(params, context, candidate, landscape):
+        energy = energy_fn(params, context, candidate, landscape)
+        energy = energy.astype(_accumulator(energy.dtype))
+        return energy.sum(), energy
+
+    def compute(params, context, candidate, landscape):
+        (_, energy), gradient = jax.value_and_grad(total, argnums=2, has_aux=True)(
+            params, context, candidate, landscape
+        )
+        return energy, gradient
+
+    def primal(params, context, candidate, landscape, taken):
+        return _if(taken, compute, params, context, candidate, landscape)
+
+    if meta_gradient == "autodiff":
+        return primal
+
+    def forward(params, context, candidate, landscape, taken):
+        inputs = jax.tree.map(
+            lambda leaf: leaf.value, (params, context, candidate, landscape, taken)
+        )
+        return primal(*inputs), inputs
+
+    def backward(inputs, cotangents):
+        *arguments, landscape, taken = inputs
+        energy_bar, along = cotangents
+        floating, merge = _partition(arguments)
+
+        def gradients(floating, weights=None):
+            def weighted(floating):
+                _, energy = total(*merge(floating), landscape)
+                return energy.sum() if weights is None else (weights * energy).sum()
+
+            return jax.grad(weighted)(floating)
+
+        def second_order(floating, energy_bar, along):
+            # d<g, along>/d(inputs) is the derivative of the full gradient along
+            # `along` in candidate space: mixed partials are symmetric.
+            params, context, candidate = merge(floating)
+            _, bars = jax.jvp(
+                lambda c: gradients(_partition((params, context, c))[0]),
+                (candidate,),
+                (along,),
+            )
+            if energy_bar is not None:
+                first_order = gradients(floating, energy_bar)
+                bars = jax.tree.map(jnp.add, bars, first_order)
+            return bars
+
+        symbolic = jax.custom_derivatives.SymbolicZero
+        along = jax.tree.map(
+            lambda u, c: jnp.zeros_like(c) if isinstance(u, symbolic) else u,
+            along,
+            arguments[2],
+            is_leaf=lambda u: isinstance(u, symbolic),
+        )
+        if isinstance(energy_bar, symbolic):
+            energy_bar = None
+        bars = _if(taken, second_order, floating, energy_bar, along)
+        return (*merge(bars, zeros=True), _zero(landscape), _zero(taken))
+
+    rule = jax.custom_vjp(primal)
+    rule.defvjp(forward, backward, symbolic_zeros=True)
+    return rule
+
+
+def prediction_keys(key: jax.Array, sequence: jax.Array, length: int) -> jax.Array:
+    """Keys that depend on (seed, sequence, position) and not on the batch's layout.
+
+    Args:
+      key: scalar key, the seed.
+      sequence: integers `[batch]` naming each sequence.
+      length: how many positions.
+
+    Returns:
+      Keys `[batch, length]`.
+    """
+    position = jnp.arange(length)
+    fold = jax.random.fold_in
+    per_sequence = jax.vmap(lambda s: fold(key, s))(sequence)
+    return jax.vmap(lambda k: jax.vmap(lambda p: fold(k, p))(position))(per_sequence)
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Standard normals from one key, or from keys `[*batch]`, a leading part of shape."""
+    draw = lambda key: jax.random.normal(key, shape[key_ndim:], dtype)
+    key_ndim = key.ndim
+    for _ in range(key_ndim):
+        draw = jax.vmap(draw)
+    return draw(key)
+
+
+def _update(before, gradient, sizes, base, config, transform, state, batch):
+    """One descent step from `before`: clamp, transform, step, clip, sharpen."""
+
+    def expand(size, leaf):
+        shape = (1,) * (len(batch) - size.ndim) + size.shape
+        return size.reshape(shape + (1,) * (leaf.ndim - len(batch)))
+
+    if config.gradient_clamp:
+        gradient = jax.tree.map(
+            lambda g: jnp.clip(
+                g,
+                -config.gradient_clamp / expand(base, g),
+                config.gradient_clamp / expand(base, g),
+            ),
+            gradient,
+        )
+    if transform is not None:
+        gradient, state = transform.update(gradient, state, before)
+    after = jax.tree.map(lambda c, g: c - expand(sizes, c) * g, before, gradient)
+    if config.absolute_clamp:
+        limit = config.absolute_clamp
+        after = jax.tree.map(lambda z: jnp.clip(z, -limit, limit), after)
+    if config.sharpen:
+        after = jax.tree.map(lambda z: z / config.sharpen, after)
+    return after, state
+
+
+def _normalize(normalize, steps, stored, landscape):
+    if normalize is None or steps == "none":
+        return stored
+    if steps == "all":
+        return normalize(stored)
+    return _where(landscape == 0, normalize(stored), stored)
+
+
+def _check_energy(energy_fn, params, context, candidate) -> tuple[int, ...]:
+    """Checks candidate and energy once, before any numerics; returns the batch shape."""
+    leaves = jax.tree.leaves(candidate)
+    if not leaves:
+        raise ValueError("candidate is an empty pytree; it needs at least one array")
+    for leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"candidate has dtype {jnp.result_type(leaf)}, but refinement needs "
+                "gradients; pass floating-point arrays"
+            )
+    energy = jax.eval_shape(energy_fn, params, context, candidate, jnp.int32(0))
+    if not isinstance(energy, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"energy_fn returned {type(energy).__name__}, expected one array of energies"
+        )
+    if not jnp.issubdtype(energy.dtype, jnp.floating):
+        raise TypeError(f"energy_fn returned dtype {energy.dtype}, expected a float")
+    for leaf in leaves:
+        shape = jnp.shape(leaf)
+        if shape[: energy.ndim] != energy.shape:
+            raise ValueError(
+                f"energy_fn returned shape {energy.shape}, expected a leading part of "
+                f"the candidate's shape {shape}, e.g. {shape[:-1]}"
+            )
+    return energy.shape
+
+
+def _if(taken, function, *arguments):
+    """`function(*arguments)`, or zeros without computing it where `taken` is False."""
+    if taken is None:
+        return function(*arguments)
+    shape = jax.eval_shape(function, *arguments)
+    zeros = lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+    return jax.lax.cond(taken, function, zeros, *arguments)
+
+
+def _partition(tree):
+    """Float leaves of a tree, and a function that puts others in their place.
+
+    Gradients exist for float leaves alone; a context may hold integers and masks.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    is_float = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves]
+
+    def merge(floating, zeros=False):
+        left = iter(floating)
+        rest = map(_zero, leaves) if zeros else leaves
+        return treedef.unflatten(
+            [next(left) if f else x for f, x in zip(is_float, rest, strict=True)]
+        )
+
+    return [x for f, x in zip(is_float, leaves, strict=True) if f], merge
+
+
+def _zero(x):
+    """The zero cotangent of something that has no gradient."""
+    return None if x is None else np.zeros(np.shape(x), jax.dtypes.float0)
+
+
+def _where(condition, new, old):
+    """Leaf-wise `jnp.where`, the condition broadcast from the leading axes."""
+
+    def choose(a, b):
+        extra = (1,) * (jnp.ndim(a) - jnp.ndim(condition))
+        return jnp.where(jnp.reshape(condition, condition.shape + extra), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _split(key, number):
+    """Splits a key, or each of an array of keys; new keys along a new first axis."""
+    return jnp.stack([_fold_in(key, i) for i in range(number)])
+
+
+def _fold_in(key, data):
+    fold = lambda key: jax.random.fold_in(key, data)
+    for _ in range(key.ndim):
+        fold = jax.vmap(fold)
+    return fold(key)
+
+
+def _uniform(key, shape, dtype):
+    if key.ndim:
+        return jax.vmap(lambda k: _uniform(k, shape[1:], dtype))(key)
+    return jax.random.uniform(key, shape, dtype)
+
+
+def _normal_like(key, tree, batch_ndim):
+    leaves, treedef = jax.tree.flatten(tree)
+    if key.ndim not in (0, batch_ndim):
+        raise ValueError(
+            f"key has shape {key.shape}, expected a scalar or one key per prediction, "
+            f"{leaves[0].shape[:batch_ndim]}"
+        )
+    drawn = [normal(_fold_in(key, i), x.shape, x.dtype) for i, x in enumerate(leaves)]
+    return treedef.unflatten(drawn)
+
+
+def _float_dtype(tree):
+    return jnp.result_type(*jax.tree.leaves(tree))
+
+
+def _accumulator(dtype):
+    """Energies are summed and compared in float32 or better."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _require(condition: bool, name: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}, but has to be {rule}")

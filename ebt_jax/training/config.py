@@ -1,0 +1,269 @@
+"""The configuration of a run: its sections, and the way from flags to dataclasses.
+
+Defaults live in the frozen dataclasses and nowhere else. Experiment files and the
+command line see them as an `ml_collections.ConfigDict` (`to_config_dict`), which
+refuses unknown keys; `from_config_dict` turns that back into a checked `Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from typing import Any
+
+import ml_collections
+
+from ebt_jax.data.config import DataConfig
+from ebt_jax.errors import UserError
+from ebt_jax.models.config import ModelConfig
+from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    peak_lr: float = 2.4e-3  # learning rate after warm-up
+    step_size_lr_multiplier: float = 15.0  # learning rate of the step size / peak_lr
+    warmup_steps: int = 100  # steps from 0 to peak_lr
+    schedule_steps: int = 0  # steps until the end of the cosine; 0: train.steps
+    final_lr_fraction: float = 0.1  # end of the cosine / peak
+    final_lr_shared: bool = False  # True: the step size decays to peak_lr's floor
+    weight_decay: float = 0.01  # on everything but the step size
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.999  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    clip_norm: float = 1.0  # largest global gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        for name in ("peak_lr", "eps"):
+            _positive(self, "optim", name)
+        for name in (
+            "step_size_lr_multiplier",
+            "warmup_steps",
+            "schedule_steps",
+            "final_lr_fraction",
+            "weight_decay",
+            "clip_norm",
+        ):
+            _not_negative(self, "optim", name)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"optim.{name} is {getattr(self, name)}, but has to be in [0, 1)"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, from which seed."""
+
+    steps: int = 1000  # optimiser updates
+    batch_size: int = 16  # sequences per update, over all devices
+    accumulation: int = 1  # parts a batch is split into, one after the other
+    seed: int = 0  # of parameters, data order and every draw in training
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation"):
+            _positive(self, "train", name)
+        if self.batch_size % self.accumulation:
+            raise UserError(
+                f"train.batch_size is {self.batch_size}, which train.accumulation "
+                f"({self.accumulation}) does not divide; change one of them"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out text, during training and after it."""
+
+    every: int = 250  # steps between evaluations; 0: at the end only
+    sequences: int = 256  # held-out sequences used during training; 0: all of them
+    batch_size: int = 16  # sequences at once; no result depends on it
+    num_steps: int = 0  # refinement steps; 0: refine.num_steps
+    curve_steps: int = 8  # refinement steps of the thinking curve at the end; 0: none
+    sample_tokens: int = 200  # length of the text sample at the end; 0: none
+    seed: int = 0  # of initial candidates and noise
+
+    def __post_init__(self) -> None:
+        _positive(self, "eval", "batch_size")
+        for name in ("every", "sequences", "num_steps", "curve_steps", "sample_tokens"):
+            _not_negative(self, "eval", name)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged."""
+
+    data: int = -1  # devices the batch is split over; -1: all
+
+    def __post_init__(self) -> None:
+        if self.data != -1:
+            _positive(self, "mesh", "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    every: int = 250  # steps between checkpoints; 0: at the end only
+    keep_latest: int = 2  # most recent checkpoints kept
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "checkpoint", "every")
+        _positive(self, "checkpoint", "keep_latest")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is said of a run."""
+
+    every: int = 10  # steps between lines of metrics.jsonl
+    tensorboard: bool = True  # write TensorBoard files into the workdir
+    wandb_project: str = ""  # Weights & Biases project; empty: not used
+    plots: bool = True  # learning and thinking curves as PNG at the end
+
+    def __post_init__(self) -> None:
+        _positive(self, "log", "every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    refine: RefineSetup = RefineSetup()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        landscapes = self.model.num_landscapes
+        if landscapes and landscapes != self.refine.num_landscapes:
+            raise UserError(
+                f"model.num_landscapes is {landscapes} but refine.num_landscapes is "
+                f"{self.refine.num_landscapes}; leave the model's at 0 to follow"
+            )
+
+
+SECTIONS = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """A locked `ConfigDict` of a config, for experiment files and flags."""
+    tree = ml_collections.ConfigDict(dataclasses.asdict(config))
+    return tree.lock()
+
+
+def from_config_dict(tree: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """A checked `Config` from a `ConfigDict` or nested dict.
+
+    Raises:
+      UserError: for an unknown or missing key, a value of another type, or a value that
+        a section refuses.
+    """
+    if isinstance(tree, ml_collections.ConfigDict):
+        tree = tree.to_dict()
+    _same_keys("config", set(tree), set(SECTIONS))
+    sections = {}
+    for name, section in SECTIONS.items():
+        known = {field.name: field for field in dataclasses.fields(section)}
+        _same_keys(f"config.{name}", set(tree[name]), set(known))
+        values = {
+            key: _checked(f"{name}.{key}", value, type(known[key].default))
+            for key, value in tree[name].items()
+        }
+        try:
+            sections[name] = section(**values)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{name}.{error}") from error
+    return Config(**sections)
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON text, keys in the order of the dataclasses."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`."""
+    return from_config_dict(json.loads(text))
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values."""
+    left, right = dataclasses.asdict(a), dataclasses.asdict(b)
+    return {
+        f"{section}.{key}": (left[section][key], right[section][key])
+        for section in left
+        for key in left[section]
+        if left[section][key] != right[section][key]
+    }
+
+
+def resolve(config: Config, vocab_size: int) -> Config:
+    """Fills in what follows from something else: vocabulary, landscapes, schedule.
+
+    Args:
+      config: a config as the user gave it.
+      vocab_size: the tokenizer's.
+
+    Raises:
+      UserError: if the tokenizer's vocabulary is larger than the model's.
+    """
+    if config.model.vocab_size and vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {config.data.tokenizer!r} has {vocab_size} entries, but "
+            f"model.vocab_size is {config.model.vocab_size}; raise it or leave it at 0"
+        )
+    model = dataclasses.replace(
+        config.model,
+        vocab_size=config.model.vocab_size or vocab_size,
+        num_landscapes=config.refine.num_landscapes,
+    )
+    optim = dataclasses.replace(
+        config.optim, schedule_steps=config.optim.schedule_steps or config.train.steps
+    )
+    return dataclasses.replace(config, model=model, optim=optim)
+
+
+def _same_keys(where: str, given: set[str], known: set[str]) -> None:
+    for key in sorted(given - known):
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{where} has no key {key!r}{hint} Known: {sorted(known)}")
+    if known - given:
+        raise UserError(f"{where} lacks {sorted(known - given)}")
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(
+            f"{name} is {value!r}, a {type(value).__name__}, but has to be a "
+            f"{kind.__name__}"
+        )
+    return value
+
+
+def _positive(section: Any, where: str, name: str) -> None:
+    if getattr(section, name) <= 0:
+        raise UserError(
+            f"{where}.{name} is {getattr(section, name)}, but has to be positive"
+        )
+
+
+def _not_negative(section: Any, where: str, name: str) -> None:
+    if getattr(section, name) < 0:
+        raise UserError(
+            f"{where}.{name} is {getattr(section, name)}, but cannot be negative"
+        )
