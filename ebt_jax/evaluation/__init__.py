@@ -1,0 +1,1 @@
+"""What trained parameters are worth: metrics, samples, plots, costs."""
