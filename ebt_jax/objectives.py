@@ -21,6 +21,7 @@ from ebt_jax.refine import (
     EnergyFn,
     PyTree,
     RefineConfig,
+    Schedule,
     Step,
     energy_and_norm,
     make_schedule,
@@ -102,9 +103,25 @@ class Objective(NamedTuple):
     """
 
     init: Callable[[jax.Array], PyTree]
-    loss: Callable[[PyTree, Batch, jax.Array], tuple[jax.Array, Metrics]]
+    loss: Callable[..., tuple[jax.Array, Metrics]]
     evaluate: Callable[[PyTree, Batch, jax.Array, int], dict[str, jax.Array]]
     predict: Callable[[PyTree, Batch, jax.Array, int], PyTree]
+
+
+class Draws(NamedTuple):
+    """What training draws, given instead of drawn where it is not None.
+
+    Attributes:
+      candidate: the initial candidate.
+      noise: standard normals `[num_steps, *batch, ...]`.
+      jitter: standard uniforms `[*batch]`.
+      schedule: number of steps and landscapes.
+    """
+
+    candidate: PyTree | None = None
+    noise: PyTree | None = None
+    jitter: jax.Array | None = None
+    schedule: Schedule | None = None
 
 
 class EnergyModel(NamedTuple):
@@ -177,14 +194,14 @@ def refined(
         return jax.tree.map(lambda z: scale * z, candidate)
 
     def loss(
-        params: PyTree, batch: Batch, key: jax.Array, **draws: Any
+        params: PyTree, batch: Batch, key: jax.Array, draws: Draws = Draws()
     ) -> tuple[jax.Array, Metrics]:
         initial_key, schedule_key, refine_key = jax.random.split(key, 3)
-        draws.setdefault("candidate", None)
-        candidate = draws.pop("candidate")
+        candidate, schedule = draws.candidate, draws.schedule
         if candidate is None:
             candidate = initial(initial_key, batch)
-        schedule = draws.pop("schedule", None) or make_schedule(setup, schedule_key)
+        if schedule is None:
+            schedule = make_schedule(setup, schedule_key)
         context = model.encode_context(params, batch)
         tokens = jnp.maximum(batch["weights"].sum(), 1.0)
 
@@ -209,8 +226,9 @@ def refined(
             normalize=model.normalize,
             observe=observe,
             schedule=schedule,
+            noise=draws.noise,
+            jitter=draws.jitter,
             **sizes(params),
-            **draws,
         )
         last = schedule.length - 1
         losses = steps["loss"]

@@ -20,6 +20,20 @@ from ebt_jax.models.config import ModelConfig
 from ebt_jax.objectives import ObjectiveConfig, RefineSetup
 
 
+def _positive(section: Any, where: str, name: str) -> None:
+    if getattr(section, name) <= 0:
+        raise UserError(
+            f"{where}.{name} is {getattr(section, name)}, but has to be positive"
+        )
+
+
+def _not_negative(section: Any, where: str, name: str) -> None:
+    if getattr(section, name) < 0:
+        raise UserError(
+            f"{where}.{name} is {getattr(section, name)}, but cannot be negative"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
@@ -253,17 +267,3 @@ def _checked(name: str, value: Any, kind: type) -> Any:
             f"{kind.__name__}"
         )
     return value
-
-
-def _positive(section: Any, where: str, name: str) -> None:
-    if getattr(section, name) <= 0:
-        raise UserError(
-            f"{where}.{name} is {getattr(section, name)}, but has to be positive"
-        )
-
-
-def _not_negative(section: Any, where: str, name: str) -> None:
-    if getattr(section, name) < 0:
-        raise UserError(
-            f"{where}.{name} is {getattr(section, name)}, but cannot be negative"
-        )

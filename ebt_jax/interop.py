@@ -1,0 +1,386 @@
+"""Published PyTorch checkpoints in and out.
+
+    flags = {...}                                # the published code's hparams
+    config = interop.config_from_reference(flags)
+    state, _ = interop.read_checkpoint("model.safetensors")
+    params = interop.from_reference(state, config)
+
+State dicts are plain mappings from the published names to arrays (Linear weights are
+`[out, in]`). A `.ckpt` file needs torch to be read, `.safetensors` the package of that
+name, `.npz` nothing.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ebt_jax.data.config import DataConfig
+from ebt_jax.errors import UserError
+from ebt_jax.models.config import SIZES, ModelConfig
+from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.refine import PyTree
+from ebt_jax.training.config import Config, OptimConfig
+from ebt_jax.training.objective import build_objective
+
+# The published code's own defaults of every flag that is translated.
+PUBLISHED_DEFAULTS: dict[str, Any] = {
+    "modality": "text",
+    "model": "ebt",
+    "model_size": "xxs",
+    "embedding_dim": 0,
+    "num_transformer_blocks": 0,
+    "multiheaded_attention_heads": 0,
+    "ffn_dim_multiplier": None,
+    "context_length": 256,
+    "vocab_size": 50277,
+    "ebt_type": "default",
+    "ebt_norm": "rms",
+    "ebt_act_func": "silu",
+    "dyt_alpha_init": 0.5,
+    "vocab_to_embed_uses_prob_dist": False,
+    "mcmc_num_steps": 2,
+    "randomize_mcmc_num_steps": 0,
+    "randomize_mcmc_num_steps_min": 0,
+    "randomize_mcmc_num_steps_final_landscape": False,
+    "mcmc_step_size": 60.0,
+    "mcmc_step_size_learnable": False,
+    "mcmc_step_size_lr_multiplier": 5000.0,
+    "randomize_mcmc_step_size_scale": 1.0,
+    "no_mcmc_detach": False,
+    "truncate_mcmc": False,
+    "langevin_dynamics_noise": 0.0,
+    "langevin_dynamics_noise_learnable": False,
+    "normalize_initial_condition": False,
+    "normalize_initial_condition_only_first_step": False,
+    "denoising_initial_condition": "random_noise",
+    "gaussian_random_noise_scaling": 1.0,
+    "clamp_futures_grad": False,
+    "clamp_futures_grad_max_change": 9.0,
+    "absolute_clamp": 0.0,
+    "sharpen_predicted_distribution": 0.0,
+    "soften_target_prob_dist": 0.0,
+    "reconstruction_coeff": 1.0,
+    "contrastive_loss": False,
+    "contrastive_loss_coeff": 0.0005,
+}
+
+# Flags of things that are not built: an error unless at the value that means "off".
+OFF: dict[str, Any] = {
+    "clamp_max_after_warm_up": 0.0,
+    "discrete_contrastive_loss_true_logit_val": 0,
+    "energy_loss_coeff": 0.0,
+    "learnable_process_memory": False,
+    "mcmc_replay_buffer": False,
+    "no_langevin_during_eval": False,
+    "weight_initialization_gain": 1.0,
+}
+
+# Flags that say how a run was carried out, not what its parameters compute.
+NOT_OF_THE_MODEL = frozenset(
+    {
+        "batch",
+        "mcmc_replay_buffer_sample_bs_percent",
+        "mcmc_replay_buffer_size",
+        "model_name",
+        "phase",
+        "tokenizer",
+    }
+)
+
+ALIASES = {
+    "num_layers": "num_transformer_blocks",
+    "num_heads": "multiheaded_attention_heads",
+    "dim": "embedding_dim",
+}
+
+
+class Entry(NamedTuple):
+    """One published array and where it lives in our parameters.
+
+    Attributes:
+      name: the published name.
+      path: keys into the parameter dict.
+      layer: index into the stacked blocks, or None.
+      transpose: whether theirs is the transpose of ours.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    layer: int | None = None
+    transpose: bool = False
+
+
+def config_from_reference(flags: Mapping[str, Any]) -> Config:
+    """Translates the published code's flags.
+
+    Args:
+      flags: flag names and values (hparams); those left out have their published
+        defaults. `dim`, `num_layers`, `num_heads` and `vocab_size` are sizes.
+
+    Returns:
+      A config with `model`, `refine`, `objective`, `data.context` and the step size's
+      learning-rate multiplier filled in.
+
+    Raises:
+      UserError: naming the flag, for one that is unknown or not supported.
+    """
+    flags = {ALIASES[k] if k in ALIASES else k: v for k, v in flags.items()}
+    for name, value in flags.items():
+        if name in OFF and value != OFF[name]:
+            raise UserError(
+                f"published flag {name}={value!r} is not supported; "
+                f"only {OFF[name]!r} is"
+            )
+        if name not in PUBLISHED_DEFAULTS.keys() | OFF.keys() | NOT_OF_THE_MODEL:
+            raise UserError(f"published flag {name}={value!r} is not known here")
+    f = {**PUBLISHED_DEFAULTS, **flags}
+    if f["modality"] not in ("text", "NLP"):
+        raise UserError(
+            f"published flag modality={f['modality']!r} is not supported; only 'text' is"
+        )
+    _one_of(f, "model", "ebt", "transformer_pp")
+    _one_of(f, "model_size", *SIZES, "2xs")
+    _one_of(f, "ebt_type", "default", "time_embed", "adaln", "adaln_zero")
+    _one_of(f, "ebt_norm", "rms", "layer", "dyt", "none")
+    _one_of(f, "ebt_act_func", "silu", "relu", "gelu", "elu")
+    _one_of(f, "denoising_initial_condition", "random_noise", "zeros")
+    landscapes = f["mcmc_num_steps"]
+    fewest, most, extra_in_last = 0, landscapes, True
+    if f["randomize_mcmc_num_steps"]:
+        low = f["randomize_mcmc_num_steps_min"] or 1
+        high = f["randomize_mcmc_num_steps"] + 1
+        extra_in_last = (
+            f["randomize_mcmc_num_steps_final_landscape"] or f["mcmc_num_steps"] == 1
+        )
+        if extra_in_last:
+            fewest, most = landscapes - 1 + low, landscapes - 1 + high
+        else:
+            fewest, most = landscapes * low, landscapes * high
+    backprop, loss_steps = "per_step", "all"
+    if f["no_mcmc_detach"]:
+        backprop = "truncated" if f["truncate_mcmc"] else "full"
+    if f["truncate_mcmc"]:
+        loss_steps = "last"
+    normalize = "all" if f["normalize_initial_condition"] else "none"
+    if normalize == "all" and f["normalize_initial_condition_only_first_step"]:
+        normalize = "first"
+    initial = f["denoising_initial_condition"]
+    return Config(
+        model=ModelConfig(
+            kind=f["model"],
+            size="xxs" if f["model_size"] == "2xs" else f["model_size"],
+            num_layers=f["num_transformer_blocks"],
+            num_heads=f["multiheaded_attention_heads"],
+            dim=f["embedding_dim"],
+            ffn_multiplier=float(f["ffn_dim_multiplier"] or 1),
+            vocab_size=f["vocab_size"],
+            num_landscapes=landscapes,
+            conditioning=f["ebt_type"],
+            tied_embedding=f["vocab_to_embed_uses_prob_dist"],
+            norm=f["ebt_norm"],
+            dyt_alpha=f["dyt_alpha_init"],
+            activation=f["ebt_act_func"],
+        ),
+        refine=RefineSetup(
+            num_steps=most,
+            min_steps=fewest,
+            num_landscapes=landscapes,
+            final_landscape_only=extra_in_last,
+            backprop=backprop,
+            normalize_steps=normalize,
+            noise_std=f["langevin_dynamics_noise"],
+            noise_learnable=f["langevin_dynamics_noise_learnable"],
+            step_size=f["mcmc_step_size"],
+            step_size_learnable=f["mcmc_step_size_learnable"],
+            step_size_jitter=float(f["randomize_mcmc_step_size_scale"]),
+            initial_candidate="zeros" if initial == "zeros" else "noise",
+            initial_scale=f["gaussian_random_noise_scaling"],
+            gradient_clamp=f["clamp_futures_grad_max_change"]
+            if f["clamp_futures_grad"]
+            else 0.0,
+            absolute_clamp=f["absolute_clamp"],
+            sharpen=f["sharpen_predicted_distribution"],
+        ),
+        objective=ObjectiveConfig(
+            loss_steps=loss_steps,
+            reconstruction_weight=f["reconstruction_coeff"],
+            label_smoothing=f["soften_target_prob_dist"],
+            contrastive_weight=f["contrastive_loss_coeff"]
+            if f["contrastive_loss"]
+            else 0.0,
+        ),
+        optim=OptimConfig(
+            step_size_lr_multiplier=float(f["mcmc_step_size_lr_multiplier"])
+        ),
+        data=DataConfig(context=f["context_length"]),
+    )
+
+
+def from_reference(state_dict: Mapping[str, Any], config: Config) -> PyTree:
+    """Parameters from a published state dict.
+
+    Args:
+      state_dict: published names to arrays. A common prefix `model.` is dropped.
+      config: the model's config, e.g. from `config_from_reference`.
+
+    Returns:
+      Parameters as `Objective.init` makes them, float32 NumPy arrays.
+
+    Raises:
+      UserError: naming the first array that is missing, not expected, or of another
+        shape.
+    """
+    state = {name: np.asarray(array) for name, array in state_dict.items()}
+    if state and all(name.startswith("model.") for name in state):
+        state = {name.removeprefix("model."): array for name, array in state.items()}
+    state = {k: v for k, v in state.items() if not k.endswith("freqs_cis")}
+    entries = list(_entries(config.model))
+    for entry in entries:
+        if entry.name not in state:
+            raise UserError(f"the checkpoint has no array {entry.name!r}")
+    unexpected = set(state) - {entry.name for entry in entries}
+    if unexpected:
+        raise UserError(
+            f"the checkpoint has an array {min(unexpected)!r} that this model config "
+            "has no place for; check ebt_type, ebt_norm and the sizes"
+        )
+    shapes = jax.eval_shape(build_objective(config).init, jax.random.key(0))
+    params = jax.tree.map(lambda s: np.empty(s.shape, np.float32), shapes)
+    for entry in entries:
+        place = _at(params, entry)
+        array = state[entry.name].T if entry.transpose else state[entry.name]
+        if array.shape != place.shape:
+            expected = place.shape[::-1] if entry.transpose else place.shape
+            raise UserError(
+                f"the checkpoint's {entry.name!r} has shape "
+                f"{state[entry.name].shape}, but the model config needs {expected}"
+            )
+        place[...] = array
+    return params
+
+
+def to_reference(params: PyTree, config: Config) -> dict[str, np.ndarray]:
+    """The inverse of `from_reference`: published names to float32 NumPy arrays."""
+    state = {}
+    for entry in _entries(config.model):
+        array = np.asarray(_at(params, entry), np.float32)
+        state[entry.name] = np.array(array.T if entry.transpose else array)
+    return state
+
+
+def read_checkpoint(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads a state dict, and the flags stored with it where there are any.
+
+    Args:
+      path: `.npz`, `.safetensors`, or a `.ckpt` / `.pt` / `.pth` file of PyTorch.
+
+    Raises:
+      UserError: if the file is missing, of another kind, or its reader not installed.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"checkpoint {path!r} does not exist or is not a file")
+    if file.suffix == ".npz":
+        with np.load(file) as arrays:
+            return dict(arrays), {}
+    if file.suffix == ".safetensors":
+        try:
+            from safetensors.numpy import load_file
+        except ImportError as error:
+            raise UserError(
+                "reading .safetensors needs `pip install 'ebt-jax[torch]'`"
+            ) from error
+        return load_file(file), {}
+    if file.suffix in (".ckpt", ".pt", ".pth"):
+        try:
+            import torch
+        except ImportError as error:
+            raise UserError(
+                f"reading {file.suffix} needs torch: `pip install 'ebt-jax[torch]'`"
+            ) from error
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        state = content["state_dict"] if "state_dict" in content else content
+        flags = content["hyper_parameters"] if "hyper_parameters" in content else {}
+        return {k: v.float().numpy() for k, v in state.items()}, dict(flags)
+    raise UserError(
+        f"checkpoint {path!r} has suffix {file.suffix!r}, expected .npz, .safetensors, "
+        ".ckpt, .pt or .pth"
+    )
+
+
+def _entries(config: ModelConfig) -> Iterator[Entry]:
+    """Every array of a published checkpoint of this model."""
+    if config.candidate_input != "embedding":
+        raise UserError(
+            "model.candidate_input='anchored' has no published counterpart, so its "
+            "parameters cannot be exchanged with published checkpoints"
+        )
+    yield Entry("embeddings.weight", ("embed", "embedding"))
+    adaln = config.conditioning in ("adaln", "adaln_zero") and config.kind == "ebt"
+    linears = {
+        "attention.wq": "query",
+        "attention.wk": "key",
+        "attention.wv": "value",
+        "attention.wo": "out",
+        "feed_forward.w1": "gate",
+        "feed_forward.w3": "up",
+        "feed_forward.w2": "down",
+    }
+    norms = {"attention_norm": "attention_norm", "ffn_norm": "mlp_norm"}
+    parts = {
+        "rms": {"weight": "scale"},
+        "layer": {"weight": "scale", "bias": "bias"},
+        "dyt": {"weight": "scale", "bias": "bias", "alpha": "alpha"},
+        "none": {},
+    }[config.norm]
+    for i in range(config.layers):
+        layer = f"transformer.layers.{i}."
+        for theirs, ours in linears.items():
+            yield Entry(f"{layer}{theirs}.weight", ("blocks", ours, "kernel"), i, True)
+        for theirs, ours in norms.items():
+            for part, name in parts.items():
+                yield Entry(f"{layer}{theirs}.{part}", ("blocks", ours, name), i)
+        if adaln:
+            theirs, ours = f"{layer}adaLN_modulation.1", ("blocks", "modulation")
+            yield Entry(f"{theirs}.weight", (*ours, "kernel"), i, True)
+            yield Entry(f"{theirs}.bias", (*ours, "bias"), i)
+    for part, name in parts.items():
+        yield Entry(f"transformer.norm.{part}", ("final_norm", name))
+    if config.kind == "transformer_pp":
+        yield Entry("output.weight", ("output", "kernel"), None, True)
+        return
+    yield Entry("alpha", ("step_size",))
+    yield Entry("langevin_dynamics_noise_std", ("noise_std",))
+    if not config.tied_embedding:
+        name = "vocab_to_embed.weight"
+        yield Entry(name, ("candidate_embed", "kernel"), None, True)
+    if config.conditioning != "default":
+        name = "transformer.time_embeddings.weight"
+        yield Entry(name, ("step_embed", "embedding"))
+    head = "transformer.final_layer.linear.weight" if adaln else None
+    head = head or "transformer.final_layer.weight"
+    yield Entry(head, ("energy", "kernel"), None, True)
+    if adaln:
+        theirs = "transformer.final_layer.adaLN_modulation.1"
+        yield Entry(f"{theirs}.weight", ("final_modulation", "kernel"), None, True)
+        yield Entry(f"{theirs}.bias", ("final_modulation", "bias"))
+
+
+def _at(params: PyTree, entry: Entry) -> Any:
+    """The array of an entry; a view into the stacked blocks."""
+    for key in entry.path:
+        params = params[key]
+    return params[...] if entry.layer is None else params[entry.layer]
+
+
+def _one_of(flags: Mapping[str, Any], name: str, *supported: str) -> None:
+    if flags[name] not in supported:
+        raise UserError(
+            f"published flag {name}={flags[name]!r} is not supported; "
+            f"only {', '.join(supported)} are"
+        )
