@@ -1,0 +1,103 @@
+"""The two plots of a run: how it learnt, and what thinking longer is worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ebt_jax.errors import UserError
+
+TRAIN, HELD_OUT = "#9db7d5", "#c0392b"
+
+
+def learning_curve(workdir: str | Path) -> Path:
+    """Plots training loss and held-out nll against optimiser steps.
+
+    Reads `metrics.jsonl`. The first steps of a run can lie far above the rest: they
+    are cut off by the frame, not left out of the file.
+
+    Args:
+      workdir: of the run; `learning_curve.png` is written into it.
+
+    Returns:
+      The path of the plot.
+
+    Raises:
+      UserError: if the workdir has no metrics.
+    """
+    train = _series(workdir, "train/loss")
+    held_out = _series(workdir, "eval/nll")
+    figure, axes = _figure("Learning curve")
+    if len(train):
+        axes.plot(*train.T, color=TRAIN, linewidth=1, label="training loss")
+    if len(held_out):
+        label = f"held-out nll, {held_out[-1, 1]:.3f} at the end"
+        axes.plot(*held_out.T, color=HELD_OUT, marker="o", markersize=4, label=label)
+    _frame(axes, np.concatenate([train, held_out])[:, 1])
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("nats per token")
+    if axes.lines:
+        axes.legend(frameon=False)
+    return _save(figure, Path(workdir) / "learning_curve.png")
+
+
+def thinking_curve(workdir: str | Path, nll_per_step: Sequence[float]) -> Path:
+    """Plots held-out nll against the number of refinement steps.
+
+    Args:
+      workdir: of the run; `thinking_curve.png` is written into it.
+      nll_per_step: held-out nats per token after step 1, 2, ...
+
+    Returns:
+      The path of the plot.
+    """
+    figure, axes = _figure("Thinking curve")
+    steps = range(1, len(nll_per_step) + 1)
+    axes.plot(steps, nll_per_step, color=HELD_OUT, marker="o", markersize=4)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("refinement step")
+    axes.set_ylabel("held-out nll (nats per token)")
+    return _save(figure, Path(workdir) / "thinking_curve.png")
+
+
+def _series(workdir: str | Path, name: str) -> np.ndarray:
+    """`[points, 2]`: step and value of every line of the metrics that has the value."""
+    path = Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name the workdir of a training run")
+    with path.open() as lines:
+        rows = [json.loads(line) for line in lines]
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    return np.array(points, float).reshape(-1, 2)
+
+
+def _figure(title: str) -> tuple[Figure, Axes]:
+    # `Figure` instead of pyplot: no global state, and no display is looked for.
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _frame(axes: Axes, losses: np.ndarray) -> None:
+    """Limits that show the bulk of the losses, whatever the first ones were."""
+    losses = losses[np.isfinite(losses)]
+    if not len(losses):
+        return
+    low, middle = losses.min(), np.median(losses)
+    high = min(losses.max(), middle + 5 * (middle - low))
+    margin = 0.05 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path
