@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ebt_jax.errors import UserError
 from ebt_jax.objectives import Batch, Objective
@@ -24,7 +25,7 @@ from ebt_jax.refine import PyTree
 def evaluate(
     objective: Objective,
     params: PyTree,
-    batches: Iterable[Batch],
+    batches: Iterable[Mapping[str, ArrayLike]],
     *,
     seed: int,
     num_steps: int = 0,
@@ -58,7 +59,7 @@ def evaluate(
     pending = None
     for count, batch in enumerate(batches, 1):
         # The device works on this batch while the host adds up the one before.
-        sums = _batch_sums(params, batch, key, objective, num_steps)
+        sums = _batch_sums(params, dict(batch), key, objective, num_steps)
         totals = _add(totals, pending)
         pending = sums
         if progress:

@@ -1,0 +1,291 @@
+"""The command line: `ebt VERB --flag=value ...`.
+
+Every verb is a function of this package with its arguments as flags. A mistake of the
+user's is one line `error: ...` on stderr and exit code 2, a run that diverged is exit
+code 3, Ctrl-C is 130; anything else is a bug and shows its traceback.
+
+Verbs import what they need when they run: JAX and its libraries take seconds, and
+`ebt --help` or a mistyped flag should not wait for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from ebt_jax.command import Flag, Verb, overview, parse, suggest, usage
+from ebt_jax.errors import TrainingDiverged, UserError
+
+if TYPE_CHECKING:
+    from ebt_jax.data.config import DataConfig
+
+INTEGER, FLOAT = flags.DEFINE_integer, flags.DEFINE_float
+COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
+
+WORKDIR = Flag("workdir", "folder of the run")
+CHECKPOINT = Flag("checkpoint", "step of a checkpoint; else the newest", None, INTEGER)
+NUM_STEPS = Flag("num_steps", "refinement steps; 0 for the trained number", 0, COUNT)
+TEXT_KEY = Flag("text_key", "field of a record with the text; else the config's")
+
+
+def main() -> None:
+    """Entry point of the console script `ebt`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Runs a command line.
+
+    Args:
+      argv: the verb and its flags, without the name of the program.
+
+    Returns:
+      The exit code.
+    """
+    try:
+        if not argv or argv[0] in ("help", "-h", "--help"):
+            print(overview(VERBS))
+            return 0
+        if argv[0] not in VERBS:
+            raise UserError(
+                f"there is no verb {argv[0]!r}{suggest(argv[0], VERBS)} Known: "
+                f"{', '.join(VERBS)}"
+            )
+        verb = VERBS[argv[0]]
+        if {"-h", "--help"} & set(argv[1:]):
+            print(usage(argv[0], verb))
+            return 0
+        verb.call(parse(verb, argv))
+    except (UserError, flags.Error) as error:
+        return _fail(error, 2)
+    except TrainingDiverged as error:
+        return _fail(error, 3)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _train(values: flags.FlagValues) -> None:
+    workdir = _required(values, "workdir", "a folder for what the run writes")
+    if values.steps is not None:
+        values.config.train.steps = values.steps
+
+    from ebt_jax.training.config import from_config_dict
+    from ebt_jax.training.loop import train
+
+    train(from_config_dict(values.config), workdir)
+
+
+def _evaluate(values: flags.FlagValues) -> None:
+    workdir = _required(values, "workdir", "the folder of a trained run")
+
+    from ebt_jax.data import pipeline, tokenizers
+    from ebt_jax.evaluation.metrics import evaluate
+    from ebt_jax.training import checkpoint
+    from ebt_jax.training.config import resolve
+    from ebt_jax.training.objective import build_objective
+
+    path, config = checkpoint.open_workdir(workdir)
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    config = resolve(config, tokenizer.vocab_size)
+    params = checkpoint.restore_params(path, values.checkpoint)
+    data = _changed(
+        config.data,
+        path=values.data,
+        text_key=values.text_key,
+        packing=values.packing,
+    )
+    batches = pipeline.held_out_batches(
+        data,
+        tokenizer,
+        batch_size=values.batch_size or config.eval.batch_size,
+        sequences=values.sequences,
+        split="held_out" if values.data is None else "all",
+    )
+    results = evaluate(
+        build_objective(config),
+        params,
+        batches,
+        seed=config.eval.seed,
+        num_steps=values.num_steps,
+        progress=sys.stderr.isatty(),
+    )
+    about = {
+        "workdir": str(path),
+        "checkpoint": values.checkpoint or checkpoint.latest_step(path),
+        "data": values.data or f"held-out part of {data.held_out_path or data.path}",
+    }
+    print(json.dumps(about | results) if values.json else _table(about, results))
+
+
+def _generate(values: flags.FlagValues) -> None:
+    workdir = _required(values, "workdir", "the folder of a trained run")
+    prompts = _required(values, "prompt", "a text to continue, once or more")
+
+    from ebt_jax.data import tokenizers
+    from ebt_jax.evaluation.generation import generate
+    from ebt_jax.training import checkpoint
+    from ebt_jax.training.config import resolve
+    from ebt_jax.training.objective import build_objective
+
+    path, config = checkpoint.open_workdir(workdir)
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    config = resolve(config, tokenizer.vocab_size)
+    texts = generate(
+        build_objective(config),
+        checkpoint.restore_params(path, values.checkpoint),
+        tokenizer,
+        prompts,
+        context=config.data.context,
+        new_tokens=values.new,
+        temperature=values.temperature,
+        top_k=values.top_k,
+        top_p=values.top_p,
+        seed=values.seed,
+        num_steps=values.num_steps,
+        stop_token=values.stop,
+    )
+    print("\n\n".join(texts))
+
+
+def _inspect(values: flags.FlagValues) -> None:
+    from ebt_jax.evaluation.inspect import inspect
+    from ebt_jax.training.config import from_config_dict
+
+    print(inspect(from_config_dict(values.config)))
+
+
+def _prepare(values: flags.FlagValues) -> None:
+    output = _required(values, "output", "a folder that does not exist yet")
+    if values.config is None:
+        _required(
+            values, "path", "files or a glob, or --config with an experiment file"
+        )
+
+    from ebt_jax.data.prepare import prepare
+    from ebt_jax.training.config import Config, from_config_dict
+
+    config = Config() if values.config is None else from_config_dict(values.config)
+    data = _changed(
+        config.data,
+        path=values.path,
+        tokenizer=values.tokenizer,
+        text_key=values.text_key,
+    )
+    prepare(data, output)
+
+
+def _required(values: flags.FlagValues, name: str, what: str) -> Any:
+    if not values[name].value:
+        raise UserError(f"--{name} is missing; give it {what}")
+    return values[name].value
+
+
+def _changed(data: DataConfig, **changes: str | None) -> DataConfig:
+    """The config with those changes that are given."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(data, **given)
+
+
+def _table(about: dict[str, Any], results: dict[str, float]) -> str:
+    """Results for people, one line each."""
+    notes = {
+        "nll": "nats per token",
+        "energy_gap": "before - after",
+        "energy_rose": "share of predictions whose energy rose",
+        "tokens": "scored",
+    }
+    lines = [f"{name:<24}{value}" for name, value in about.items()]
+    for name, value in results.items():
+        number = f"{value:,.0f}" if name in ("tokens", "sequences") else f"{value:.5g}"
+        lines.append(f"{name:<24}{number:<12}{notes.get(name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+VERBS = {
+    "train": Verb(
+        summary="train a model, or continue a run that was stopped",
+        details="The workdir gets config.json, metrics.jsonl, checkpoints, plots and a "
+        "text sample.\nThe same command continues a run at its newest checkpoint.",
+        example="ebt train --config=experiments/text.py:quickstart --workdir=runs/a",
+        call=_train,
+        flags=(
+            WORKDIR,
+            Flag("steps", "short for --config.train.steps", None, INTEGER),
+        ),
+        config="required",
+    ),
+    "evaluate": Verb(
+        summary="score text: nll, perplexity, bits per byte, energies",
+        details="Scores what the run has held out, or any text. The batch size changes "
+        "no result.",
+        example="ebt evaluate --workdir=runs/a --num_steps=4",
+        call=_evaluate,
+        flags=(
+            WORKDIR,
+            Flag("data", "what to score, as in data.path; else what is held out"),
+            TEXT_KEY,
+            Flag("packing", "concat, first_fit or document; else the config's"),
+            NUM_STEPS,
+            CHECKPOINT,
+            Flag("batch_size", "sequences at once; 0 for the config's", 0, COUNT),
+            Flag("sequences", "how many to score; 0 for all", 0, COUNT),
+            Flag("json", "prints one line of JSON", False, flags.DEFINE_boolean),
+        ),
+    ),
+    "generate": Verb(
+        summary="continue prompts with a trained model",
+        details="What a prompt becomes depends on the seed and its number, not on the "
+        "other prompts.",
+        example="ebt generate --workdir=runs/a --prompt='The statement' --new=300",
+        call=_generate,
+        flags=(
+            WORKDIR,
+            Flag(
+                "prompt",
+                "text to continue; repeat it for several",
+                None,
+                flags.DEFINE_multi_string,
+            ),
+            Flag("new", "tokens to add", 200, INTEGER),
+            Flag("temperature", "0 always takes the likeliest token", 0.8, FLOAT),
+            Flag("top_k", "draws from so many likeliest tokens; 0: all", 0, INTEGER),
+            Flag("top_p", "draws from this much probability; 1: all", 1.0, FLOAT),
+            Flag("stop", "token that ends a text"),
+            Flag("seed", "of everything that is drawn", 0, INTEGER),
+            NUM_STEPS,
+            CHECKPOINT,
+        ),
+    ),
+    "inspect": Verb(
+        summary="show parameters, FLOPs and memory of a config; runs nothing",
+        details="The training step is compiled for the devices that are there.",
+        example="ebt inspect --config=experiments/text.py:size=xs",
+        call=_inspect,
+        config="required",
+    ),
+    "prepare": Verb(
+        summary="tokenize a corpus once, into shards that data.path can name",
+        details="The output folder appears when it is complete.",
+        example="ebt prepare --path='books/*.txt' --tokenizer=tokenizer.json "
+        "--output=shards",
+        call=_prepare,
+        flags=(
+            Flag("output", "folder to be made"),
+            Flag("path", "corpus, as in data.path; else the config's"),
+            Flag("tokenizer", "bytes, or a tokenizer.json; else the config's"),
+            TEXT_KEY,
+        ),
+        config="optional",
+    ),
+}
