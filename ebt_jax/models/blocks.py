@@ -42,8 +42,9 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
       positions: `[..., seq]`, broadcast against the leading axes of x.
     """
     half = x.shape[-1] // 2
-    frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=dtype) / half)
+    angle = positions[..., None, None].astype(dtype) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     pairs = x.astype(cos.dtype).reshape(*x.shape[:-1], half, 2)
     a, b = pairs[..., 0], pairs[..., 1]
