@@ -11,7 +11,7 @@ from ebt_jax.errors import UserError
 class DataConfig:
     """A corpus, its tokenizer, and how it is cut into sequences."""
 
-    path: str = "pydoc"  # pydoc (embedded) | files, globs, comma-separated | tfds:NAME
+    path: str = "pydoc"  # pydoc | files, globs | tfds:NAME[:SPLIT] | token shards
     tokenizer: str = "bytes"  # bytes | path of a tokenizer.json, also .gz
     text_key: str = "text"  # field of a record that holds the text
     context: int = 128  # tokens of context; a sequence is one longer

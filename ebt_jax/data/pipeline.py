@@ -32,6 +32,8 @@ from ebt_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
+_SILENT = ("weights", "segments", "bytes")  # 0 where a prediction does not count
+
 
 def train_batches(
     config: DataConfig,
@@ -61,6 +63,13 @@ def train_batches(
     """
     local_size = _local_size(batch_size, process_count)
     sequences = _sequences(config, tokenizer, "train", process_index == 0, None)
+    total = int(sequences.tokens.ends[-1])
+    if config.packing == "concat" and total <= config.context:
+        raise UserError(
+            f"data.context is {config.context}, so a sequence takes "
+            f"{config.context + 1} tokens, but the training text has only {total}; "
+            "lower data.context or give more text"
+        )
     dataset = grain.MapDataset.source(sequences)
     if config.shuffle:
         dataset = dataset.shuffle(seed=seed % 2**32)
@@ -123,8 +132,8 @@ class HeldOutBatches:
         if index < self.count:
             return self.sequences[index]
         filler = self.sequences[0]
-        silent = {name: filler[name] * 0 for name in ("weights", "bytes")}
-        return filler | silent | {"index": np.array(index, np.int32)}
+        zeros = {name: filler[name] * 0 for name in _SILENT if name in filler}
+        return filler | zeros | {"index": np.array(index, np.int32)}
 
 
 def held_out_batches(
@@ -170,15 +179,9 @@ def _sequences(
         tokens = shards.load(source, tokenizer, part)
     else:
         tokens = corpus.from_text(source, tokenizer, part, progress=progress)
-    total = int(tokens.ends[-1]) if len(tokens.ends) else 0
-    if split == "train" and config.packing == "concat" and total <= config.context:
-        raise UserError(
-            f"data.context is {config.context}, so a sequence takes "
-            f"{config.context + 1} tokens, but the training text has only {total}; "
-            "lower data.context or give more text"
-        )
     plan = packing.make_plan(tokens, config.packing, config.context)
     if len(plan.firsts) < 2:
+        total = int(tokens.ends[-1]) if len(tokens.ends) else 0
         raise UserError(
             f"data.path: the {part} part of {source.path} has {total} tokens in "
             f"{len(tokens.ends)} documents, which leaves nothing to predict; give more "
