@@ -183,7 +183,7 @@ def _sequences(
     if len(plan.firsts) < 2:
         total = int(tokens.ends[-1]) if len(tokens.ends) else 0
         raise UserError(
-            f"data.path: the {part} part of {source.path} has {total} tokens in "
+            f"data.path: {source.path}, split {part!r}, has {total} tokens in "
             f"{len(tokens.ends)} documents, which leaves nothing to predict; give more "
             "text or another data.held_out"
         )
