@@ -141,7 +141,8 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
     f = {**PUBLISHED_DEFAULTS, **flags}
     if f["modality"] not in ("text", "NLP"):
         raise UserError(
-            f"published flag modality={f['modality']!r} is not supported; only 'text' is"
+            f"published flag modality={f['modality']!r} is not supported; "
+            "only 'text' is"
         )
     _one_of(f, "model", "ebt", "transformer_pp")
     _one_of(f, "model_size", *SIZES, "2xs")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ebt_jax.randomness import fold_in, prediction_keys
 from ebt_jax.refine import (
     EnergyFn,
     PyTree,
@@ -25,7 +26,6 @@ from ebt_jax.refine import (
     Step,
     energy_and_norm,
     make_schedule,
-    prediction_keys,
     refine,
 )
 
@@ -194,8 +194,9 @@ def refined(
         return jax.tree.map(lambda z: scale * z, candidate)
 
     def loss(
-        params: PyTree, batch: Batch, key: jax.Array, draws: Draws = Draws()
+        params: PyTree, batch: Batch, key: jax.Array, draws: Draws | None = None
     ) -> tuple[jax.Array, Metrics]:
+        draws = Draws() if draws is None else draws
         initial_key, schedule_key, refine_key = jax.random.split(key, 3)
         candidate, schedule = draws.candidate, draws.schedule
         if candidate is None:
@@ -268,17 +269,16 @@ def refined(
             step_size_jitter=1.0,
             backprop="per_step",
         )
-        length = jax.tree.leaves(batch["weights"])[0].shape[1]
+        length = batch["weights"].shape[1]
         keys = prediction_keys(key, batch["index"], length)
         context = model.encode_context(params, batch)
-        fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
         result = refine(
             model.energy,
             params,
             context,
-            initial(fold(keys, 0), batch),
+            initial(fold_in(keys, 0), batch),
             config=config,
-            key=fold(keys, 1),
+            key=fold_in(keys, 1),
             normalize=model.normalize,
             observe=observe,
             **sizes(params),
@@ -301,9 +301,7 @@ def refined(
         energy = jnp.concatenate([result.trajectory["energy"], final[None]])
         return {**result.trajectory, "energy": energy}
 
-    def predict(
-        params: PyTree, batch: Batch, key: jax.Array, num_steps: int
-    ) -> PyTree:
+    def predict(params: PyTree, batch: Batch, key: jax.Array, num_steps: int) -> PyTree:
         return think(params, batch, key, num_steps, lambda step: None)[1].candidate
 
     return Objective(init, loss, evaluate, predict)
@@ -312,9 +310,7 @@ def refined(
 def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
     """The loss of a model that predicts in one pass, such as Transformer++."""
 
-    def loss(
-        params: PyTree, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def loss(params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del key  # nothing is drawn
         losses = model.loss(model.predict(params, batch), batch, config.label_smoothing)
         tokens = batch["weights"].sum()
@@ -327,9 +323,7 @@ def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
         del key, num_steps  # one pass, nothing drawn
         return {"nll": model.loss(model.predict(params, batch), batch)[None]}
 
-    def predict(
-        params: PyTree, batch: Batch, key: jax.Array, num_steps: int
-    ) -> PyTree:
+    def predict(params: PyTree, batch: Batch, key: jax.Array, num_steps: int) -> PyTree:
         del key, num_steps
         return model.predict(params, batch)
 

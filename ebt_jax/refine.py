@@ -23,47 +23,37 @@ truncated   g_i of all steps but the last         the last inner gradient, and
 full        nothing                               everything
 =========== ===================================== ==============================
 
-Each differentiates an inner gradient, so a step's meta-gradient holds mixed second
-derivatives of the energy. They are symmetric: with cotangent u of g,
-d<g, u>/d(params, context, c) is the derivative, along u in candidate space, of the
-full gradient of the energy. `meta_gradient="rule"` computes just that, one
-`jax.jvp` of one `jax.grad`, from nothing but the step's inputs; `"autodiff"` lets
-JAX differentiate the scan, twice as much memory and the reference in the tests.
+Each differentiates an inner gradient: `meta_gradient.py` says how, and what
+`meta_gradient="rule"` and `"autodiff"` choose between.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-PyTree = Any
+from ebt_jax.meta_gradient import EnergyFn, PyTree, accumulator, energy_and_gradient
+from ebt_jax.randomness import fold_in, normal_like, typed, uniform
 
-
-class EnergyFn(Protocol):
-    """An energy: one scalar for each independent prediction, lower is better."""
-
-    def __call__(
-        self, params: PyTree, context: PyTree, candidate: PyTree, landscape: jax.Array
-    ) -> jax.Array:
-        """Scores a candidate.
-
-        Args:
-          params: any pytree.
-          context: what is predicted from, any pytree.
-          candidate: what is scored; leaves `[*batch, ...]`.
-          landscape: int32 scalar, which of the model's energy landscapes to use.
-
-        Returns:
-          Energies `[*batch]`. An energy may depend on its own candidate alone.
-        """
-        ...
+__all__ = [
+    "Converged",
+    "EnergyFn",
+    "PyTree",
+    "RefineConfig",
+    "Refined",
+    "Schedule",
+    "Step",
+    "energy_and_norm",
+    "make_schedule",
+    "refine",
+    "refine_until",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +63,11 @@ class RefineConfig:
     num_steps: int = 2  # refinement steps; the most, where min_steps is set
     min_steps: int = 0  # fewest steps where their number is drawn; 0: always num_steps
     num_landscapes: int = 1  # energy landscapes; step i uses landscape i
-    final_landscape_only: bool = True  # extra steps: True in the last one, False in each
+    final_landscape_only: bool = (
+        True  # extra steps: True in the last one, False in each
+    )
     backprop: str = "per_step"  # per_step | truncated | full: see the module docstring
-    meta_gradient: str = "rule"  # rule | autodiff: see the module docstring
+    meta_gradient: str = "rule"  # rule | autodiff: see meta_gradient.py
     normalize_steps: str = "all"  # all | first (landscape 0 only) | none
     noise_std: float = 0.0  # Langevin noise added to the stored candidate, std
     step_size_jitter: float = 1.0  # s: step sizes drawn from U[a/s, a*s] per prediction
@@ -285,20 +277,23 @@ def refine(
     observe = energy_and_norm if observe is None else observe
     noisy = noise_std is not None or config.noise_std > 0
     jittered = jitter is not None or config.step_size_jitter > 1
-    per_prediction = key is not None and key.ndim > 0
     if key is None and (noisy and noise is None or jittered and jitter is None):
         what = "noise" if noisy and noise is None else "a step-size jitter"
         raise ValueError(f"refine has to draw {what} but got key=None; pass a PRNG key")
-    keys = (None,) * 3 if key is None else _split(key, 3)
+    keys: list[Any] = [None] * 3
+    if key is not None:
+        keys = [fold_in(typed(key), i) for i in range(3)]
     if schedule is None:
-        schedule = make_schedule(config, None if per_prediction else keys[0])
+        shared = key is not None and not keys[0].ndim
+        schedule = make_schedule(config, keys[0] if shared else None)
     scale = config.noise_std if noise_std is None else noise_std
     base = jnp.asarray(step_size, _float_dtype(candidate))
     sizes = base
     if jittered:
-        uniform = _uniform(keys[1], batch, base.dtype) if jitter is None else jitter
+        if jitter is None:
+            jitter = uniform(keys[1], batch, base.dtype)
         low, high = base / config.step_size_jitter, base * config.step_size_jitter
-        sizes = low + uniform * (high - low)
+        sizes = low + jitter * (high - low)
 
     gradient_fn = energy_and_gradient(energy_fn, config.meta_gradient)
     num_steps = schedule.landscape.shape[0]
@@ -315,7 +310,7 @@ def refine(
             start, transform_state = jax.lax.stop_gradient((stored, transform_state))
         if noisy:
             normals = (
-                _normal_like(_fold_in(keys[2], index), start, len(batch))
+                normal_like(fold_in(keys[2], index), start, len(batch))
                 if noise is None
                 else jax.tree.map(lambda n: n[index], noise)
             )
@@ -402,6 +397,7 @@ def refine_until(
     batch = _check_energy(energy_fn, params, context, candidate)
     if config.noise_std > 0 and key is None:
         raise ValueError("refine_until has to draw noise but got key=None; pass a key")
+    key = None if key is None else typed(key)
     candidate = jax.tree.map(jnp.asarray, candidate)
     base = jnp.asarray(step_size, _float_dtype(candidate))
     gradient_fn = energy_and_gradient(energy_fn, "autodiff")
@@ -416,7 +412,7 @@ def refine_until(
         landscape = jnp.minimum(index, last)
         start = stored
         if key is not None and config.noise_std > 0:
-            normals = _normal_like(_fold_in(key, index), start, len(batch))
+            normals = normal_like(fold_in(key, index), start, len(batch))
             start = jax.tree.map(lambda z, n: z + config.noise_std * n, start, normals)
         before = _normalize(normalize, config.normalize_steps, start, landscape)
         energy, gradient = gradient_fn(params, context, before, landscape, None)
@@ -435,118 +431,12 @@ def refine_until(
         jnp.int32(0),
         candidate,
         None if transform is None else transform.init(candidate),
-        jnp.full(batch, jnp.inf, _accumulator(shape.dtype)),
+        jnp.full(batch, jnp.inf, accumulator(shape.dtype)),
         jnp.zeros(batch, jnp.int32),
         jnp.ones(batch, bool),
     )
     _, stored, _, energy, count, running = jax.lax.while_loop(unfinished, step, carry)
     return Converged(stored, energy, count, ~running)
-
-
-def energy_and_gradient(energy_fn: EnergyFn, meta_gradient: str = "rule") -> Callable:
-    """The energy and its inner gradient, with a derivative rule of its own.
-
-    Args:
-      energy_fn: see `EnergyFn`.
-      meta_gradient: "rule" for one level of reverse differentiation through the result
-        (see the module docstring), "autodiff" for any differentiation at all.
-
-    Returns:
-      `(params, context, candidate, landscape, taken) -> (energy [*batch], gradient)`;
-      where `taken` is a bool scalar and False, zeros and next to no work in both
-      directions. It is None for a step that is always taken.
-    """
-
-    def total(params, context, candidate, landscape):
-        energy = energy_fn(params, context, candidate, landscape)
-        energy = energy.astype(_accumulator(energy.dtype))
-        return energy.sum(), energy
-
-    def compute(params, context, candidate, landscape):
-        (_, energy), gradient = jax.value_and_grad(total, argnums=2, has_aux=True)(
-            params, context, candidate, landscape
-        )
-        return energy, gradient
-
-    def primal(params, context, candidate, landscape, taken):
-        return _if(taken, compute, params, context, candidate, landscape)
-
-    if meta_gradient == "autodiff":
-        return primal
-
-    def forward(params, context, candidate, landscape, taken):
-        inputs = jax.tree.map(
-            lambda leaf: leaf.value, (params, context, candidate, landscape, taken)
-        )
-        return primal(*inputs), inputs
-
-    def backward(inputs, cotangents):
-        *arguments, landscape, taken = inputs
-        energy_bar, along = cotangents
-        floating, merge = _partition(arguments)
-
-        def gradients(floating, weights=None):
-            def weighted(floating):
-                _, energy = total(*merge(floating), landscape)
-                return energy.sum() if weights is None else (weights * energy).sum()
-
-            return jax.grad(weighted)(floating)
-
-        def second_order(floating, energy_bar, along):
-            # d<g, along>/d(inputs) is the derivative of the full gradient along
-            # `along` in candidate space: mixed partials are symmetric.
-            params, context, candidate = merge(floating)
-            _, bars = jax.jvp(
-                lambda c: gradients(_partition((params, context, c))[0]),
-                (candidate,),
-                (along,),
-            )
-            if energy_bar is not None:
-                first_order = gradients(floating, energy_bar)
-                bars = jax.tree.map(jnp.add, bars, first_order)
-            return bars
-
-        symbolic = jax.custom_derivatives.SymbolicZero
-        along = jax.tree.map(
-            lambda u, c: jnp.zeros_like(c) if isinstance(u, symbolic) else u,
-            along,
-            arguments[2],
-            is_leaf=lambda u: isinstance(u, symbolic),
-        )
-        if isinstance(energy_bar, symbolic):
-            energy_bar = None
-        bars = _if(taken, second_order, floating, energy_bar, along)
-        return (*merge(bars, zeros=True), _zero(landscape), _zero(taken))
-
-    rule = jax.custom_vjp(primal)
-    rule.defvjp(forward, backward, symbolic_zeros=True)
-    return rule
-
-
-def prediction_keys(key: jax.Array, sequence: jax.Array, length: int) -> jax.Array:
-    """Keys that depend on (seed, sequence, position) and not on the batch's layout.
-
-    Args:
-      key: scalar key, the seed.
-      sequence: integers `[batch]` naming each sequence.
-      length: how many positions.
-
-    Returns:
-      Keys `[batch, length]`.
-    """
-    position = jnp.arange(length)
-    fold = jax.random.fold_in
-    per_sequence = jax.vmap(lambda s: fold(key, s))(sequence)
-    return jax.vmap(lambda k: jax.vmap(lambda p: fold(k, p))(position))(per_sequence)
-
-
-def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Standard normals from one key, or from keys `[*batch]`, a leading part of shape."""
-    draw = lambda key: jax.random.normal(key, shape[key_ndim:], dtype)
-    key_ndim = key.ndim
-    for _ in range(key_ndim):
-        draw = jax.vmap(draw)
-    return draw(key)
 
 
 def _update(before, gradient, sizes, base, config, transform, state, batch):
@@ -585,7 +475,7 @@ def _normalize(normalize, steps, stored, landscape):
 
 
 def _check_energy(energy_fn, params, context, candidate) -> tuple[int, ...]:
-    """Checks candidate and energy once, before any numerics; returns the batch shape."""
+    """Checks candidate and energy before any numerics; returns the batch shape."""
     leaves = jax.tree.leaves(candidate)
     if not leaves:
         raise ValueError("candidate is an empty pytree; it needs at least one array")
@@ -598,7 +488,7 @@ def _check_energy(energy_fn, params, context, candidate) -> tuple[int, ...]:
     energy = jax.eval_shape(energy_fn, params, context, candidate, jnp.int32(0))
     if not isinstance(energy, jax.ShapeDtypeStruct):
         raise TypeError(
-            f"energy_fn returned {type(energy).__name__}, expected one array of energies"
+            f"energy_fn returned {type(energy).__name__}, expected an array of energies"
         )
     if not jnp.issubdtype(energy.dtype, jnp.floating):
         raise TypeError(f"energy_fn returned dtype {energy.dtype}, expected a float")
@@ -612,38 +502,6 @@ def _check_energy(energy_fn, params, context, candidate) -> tuple[int, ...]:
     return energy.shape
 
 
-def _if(taken, function, *arguments):
-    """`function(*arguments)`, or zeros without computing it where `taken` is False."""
-    if taken is None:
-        return function(*arguments)
-    shape = jax.eval_shape(function, *arguments)
-    zeros = lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-    return jax.lax.cond(taken, function, zeros, *arguments)
-
-
-def _partition(tree):
-    """Float leaves of a tree, and a function that puts others in their place.
-
-    Gradients exist for float leaves alone; a context may hold integers and masks.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    is_float = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves]
-
-    def merge(floating, zeros=False):
-        left = iter(floating)
-        rest = map(_zero, leaves) if zeros else leaves
-        return treedef.unflatten(
-            [next(left) if f else x for f, x in zip(is_float, rest, strict=True)]
-        )
-
-    return [x for f, x in zip(is_float, leaves, strict=True) if f], merge
-
-
-def _zero(x):
-    """The zero cotangent of something that has no gradient."""
-    return None if x is None else np.zeros(np.shape(x), jax.dtypes.float0)
-
-
 def _where(condition, new, old):
     """Leaf-wise `jnp.where`, the condition broadcast from the leading axes."""
 
@@ -654,42 +512,8 @@ def _where(condition, new, old):
     return jax.tree.map(choose, new, old)
 
 
-def _split(key, number):
-    """Splits a key, or each of an array of keys; new keys along a new first axis."""
-    return jnp.stack([_fold_in(key, i) for i in range(number)])
-
-
-def _fold_in(key, data):
-    fold = lambda key: jax.random.fold_in(key, data)
-    for _ in range(key.ndim):
-        fold = jax.vmap(fold)
-    return fold(key)
-
-
-def _uniform(key, shape, dtype):
-    if key.ndim:
-        return jax.vmap(lambda k: _uniform(k, shape[1:], dtype))(key)
-    return jax.random.uniform(key, shape, dtype)
-
-
-def _normal_like(key, tree, batch_ndim):
-    leaves, treedef = jax.tree.flatten(tree)
-    if key.ndim not in (0, batch_ndim):
-        raise ValueError(
-            f"key has shape {key.shape}, expected a scalar or one key per prediction, "
-            f"{leaves[0].shape[:batch_ndim]}"
-        )
-    drawn = [normal(_fold_in(key, i), x.shape, x.dtype) for i, x in enumerate(leaves)]
-    return treedef.unflatten(drawn)
-
-
 def _float_dtype(tree):
     return jnp.result_type(*jax.tree.leaves(tree))
-
-
-def _accumulator(dtype):
-    """Energies are summed and compared in float32 or better."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:

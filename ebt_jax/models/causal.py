@@ -61,10 +61,14 @@ def init(config: ModelConfig, key: jax.Array) -> PyTree:
     condition = vector if energy and conditioned else None
 
     def block(key: jax.Array) -> PyTree:
-        return _init(_block(config), key, x, positions, mask, condition, method="context")
+        return _init(
+            _block(config), key, x, positions, mask, condition, method="context"
+        )
 
     params = {
-        "embed": _init(embedding(config, config.vocab_size), next(keys), jnp.int32([0])),
+        "embed": _init(
+            embedding(config, config.vocab_size), next(keys), jnp.int32([0])
+        ),
         "blocks": jax.vmap(block)(jax.random.split(next(keys), config.layers)),
         "final_norm": _init(_final_norm(config), next(keys), x),
     }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ebt_jax.models import causal
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objectives import Batch, EnergyModel, FeedForward
-from ebt_jax.refine import normal
+from ebt_jax.randomness import normal
 
 
 def energy_model(config: ModelConfig) -> EnergyModel:
