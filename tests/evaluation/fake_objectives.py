@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebt_jax.objectives import Objective
-from ebt_jax.refine import normal, prediction_keys
 
 VOCAB = 256
 
@@ -61,8 +60,8 @@ def thinker(trained_steps=3, vocab=VOCAB):
         rows = params["table"][batch["tokens"]]
         counts = jnp.arange(1, rows.shape[1] + 1)[:, None]
         goal = jnp.cumsum(rows, axis=1) / counts[None]
-        keys = prediction_keys(key, batch["index"], rows.shape[1])
-        logits = normal(keys, rows.shape, jnp.float32)
+        draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), rows.shape[1:])
+        logits = jax.vmap(draw)(batch["index"])
         distances = [logits - goal]
         for _ in range(num_steps or trained_steps):
             distances.append(distances[-1] / 2)
