@@ -98,11 +98,19 @@ class EvalConfig:
     num_steps: int = 0  # refinement steps; 0: refine.num_steps
     curve_steps: int = 8  # refinement steps of the thinking curve at the end; 0: none
     sample_tokens: int = 200  # length of the text sample at the end; 0: none
+    sample_temperature: float = 0.7  # of the text sample; 0: the likeliest token
     seed: int = 0  # of initial candidates and noise
 
     def __post_init__(self) -> None:
         _positive(self, "eval", "batch_size")
-        for name in ("every", "sequences", "num_steps", "curve_steps", "sample_tokens"):
+        for name in (
+            "every",
+            "sequences",
+            "num_steps",
+            "curve_steps",
+            "sample_tokens",
+            "sample_temperature",
+        ):
             _not_negative(self, "eval", name)
 
 
@@ -137,6 +145,7 @@ class LogConfig:
     tensorboard: bool = True  # write TensorBoard files into the workdir
     wandb_project: str = ""  # Weights & Biases project; empty: not used
     plots: bool = True  # learning and thinking curves as PNG at the end
+    compilation_cache: bool = True  # keep compiled programs in the user's cache
 
     def __post_init__(self) -> None:
         _positive(self, "log", "every")
@@ -166,7 +175,9 @@ class Config:
             )
 
 
-SECTIONS = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+SECTIONS: dict[str, Any] = {
+    field.name: type(field.default) for field in dataclasses.fields(Config)
+}
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:

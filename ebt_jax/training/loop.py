@@ -1,0 +1,266 @@
+"""A run from its config to its closing line.
+
+    restore or start; then for every step: next batch, update, log? evaluate? save?
+
+An update is dispatched before the numbers of an earlier one are waited for, so that the
+device does not wait for the host. A killed run that is started again continues at its
+newest checkpoint with the next batch and the next key, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import grain
+import jax
+from absl import logging
+from jax.sharding import Mesh
+from orbax.checkpoint import CheckpointManager
+
+from ebt_jax.data import pipeline, tokenizers
+from ebt_jax.errors import TrainingDiverged, UserError
+from ebt_jax.objectives import Metrics, Objective
+from ebt_jax.refine import PyTree
+from ebt_jax.training import checkpoint
+from ebt_jax.training.closing import close_run, evaluate, read_summary
+from ebt_jax.training.config import Config, resolve
+from ebt_jax.training.monitor import Monitor, check_logging, say
+from ebt_jax.training.objective import build_objective
+from ebt_jax.training.optim import learning_rates, make_optimizer
+from ebt_jax.training.sharding import (
+    NumpyBatch,
+    check_batch,
+    global_batch,
+    make_mesh,
+    replicated,
+)
+from ebt_jax.training.step import init_state, make_step
+
+
+def train(config: Config, workdir: str) -> dict[str, float]:
+    """Trains what a config describes, or continues where an earlier call stopped.
+
+    What a user can get wrong is checked before anything is written.
+
+    Args:
+      config: of the run, resolved or not.
+      workdir: where everything is written; a run of the same config is continued.
+
+    Returns:
+      The last step's `train/...` and `eval/...`, and the thinking curve's
+      `thinking/nll/step_i`.
+
+    Raises:
+      UserError: for a mistake in the config, the data or the workdir.
+      TrainingDiverged: when a number is not finite any more.
+    """
+    path = checkpoint.check_workdir(workdir)
+    check_setup(config)
+    if config.log.compilation_cache:
+        enable_compilation_cache()
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    config = resolve(config, tokenizer.vocab_size)
+    checkpoint.check_config(path, config)
+    objective = build_objective(config)
+    batches = pipeline.train_batches(
+        config.data,
+        tokenizer,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    held_out = pipeline.held_out_batches(
+        config.data,
+        tokenizer,
+        batch_size=config.eval.batch_size,
+        sequences=config.eval.sequences,
+    )
+    with contextlib.closing(batches):
+        return fit(config, path, objective, tokenizer, batches, held_out)
+
+
+def fit(
+    config: Config,
+    path: Path,
+    objective: Objective,
+    tokenizer: tokenizers.Tokenizer,
+    batches: grain.DatasetIterator,
+    held_out: Iterable[NumpyBatch],
+) -> dict[str, float]:
+    """`train` for an objective and data of one's own.
+
+    Args:
+      config: resolved. `model` and `objective` are not looked at, of `refine` only what
+        is learnt, of `data` only the context.
+      path: the workdir, absolute.
+      objective: what to minimise.
+      tokenizer: decodes the text sample.
+      batches: to train on, the sequences of this process. Its place is saved.
+      held_out: batches to evaluate on; iterated over more than once.
+
+    Returns:
+      As `train`.
+
+    Raises:
+      UserError, TrainingDiverged: as `train`.
+    """
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every save
+    mesh = check_setup(config)
+    checkpoint.check_config(path, config)
+    checkpoint.claim_workdir(path, config)
+    start, steps = checkpoint.latest_step(path) or 0, config.train.steps
+    summary = read_summary(path)
+    if start >= steps and summary.pop("step", None) == start:
+        say(f"nothing to do: {path} has made all of its {start} steps")
+        return summary
+
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    say(introduction(config, shapes, mesh))
+    optimizer = make_optimizer(config.optim, config.refine, shapes)
+    init = lambda: init_state(objective, optimizer, config.train.seed)
+    train_step = make_step(
+        objective,
+        optimizer,
+        seed=config.train.seed,
+        accumulation=config.train.accumulation,
+        rates=learning_rates(config.optim),
+        mesh=mesh,
+    )
+    with checkpoint.open_manager(path, config.checkpoint) as manager:
+        if start:
+            say(f"continuing at step {start}")
+            target = checkpoint.with_sharding(jax.eval_shape(init), replicated(mesh))
+            state = checkpoint.restore(manager, start, target, batches)
+        else:
+            state = jax.jit(init, out_shardings=replicated(mesh))()
+        with Monitor(path, config, start=start) as monitor:
+
+            def fetch(step: int, numbers: Metrics) -> dict[str, float]:
+                row = check_finite(step, numbers, manager)
+                speed = monitor.speed(step, row["train/tokens"])
+                return {**row, "tokens_per_second": speed}
+
+            pending = None  # an update whose numbers are yet to be logged
+            row: dict[str, float] = {}
+            for step in range(start + 1, steps + 1):
+                batch = next(batches, None)
+                if batch is None:
+                    raise UserError(
+                        f"the training data ends after {step - 1} steps, but "
+                        f"train.steps is {steps}; set data.repeat=True, or lower it"
+                    )
+                state, numbers = train_step(state, global_batch(batch, mesh))
+                if pending is not None:
+                    monitor.record(pending[0], fetch(*pending))
+                    pending = None
+                last = step == steps
+                if last or due(step, config.eval.every):
+                    row = fetch(step, numbers)
+                    row |= evaluate(config, objective, state.params, held_out, mesh)
+                    monitor.record(step, row)
+                    monitor.say(evaluation_line(step, row))
+                    monitor.restart_clock(step)
+                elif step == 1 or due(step, config.log.every):
+                    pending = (step, numbers)
+                if last or due(step, config.checkpoint.every):
+                    check_finite(step, numbers, manager)
+                    checkpoint.save(manager, step, state, batches, config)
+    return close_run(
+        config,
+        path,
+        objective,
+        tokenizer,
+        state.params,
+        held_out,
+        mesh,
+        max(start, steps),
+        row,
+    )
+
+
+def check_setup(config: Config) -> Mesh:
+    """The mesh of a run, once what needs neither data nor model is checked.
+
+    Raises:
+      UserError: for devices, batch or logging that cannot be had.
+    """
+    check_logging(config.log)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train, mesh)
+    return mesh
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, 0 for never, happens now."""
+    return every > 0 and step % every == 0
+
+
+def check_finite(
+    step: int, numbers: Metrics, manager: CheckpointManager
+) -> dict[str, float]:
+    """Waits for the numbers of an update and names them `train/...`.
+
+    Raises:
+      TrainingDiverged: if the loss, the gradient or the new parameters are not finite.
+    """
+    values = {f"train/{k}": float(v) for k, v in jax.device_get(numbers).items()}
+    for name in ("loss", "gradient_norm", "parameter_norm"):
+        value = values[f"train/{name}"]
+        if not math.isfinite(value):
+            manager.wait_until_finished()  # the last good one may be on its way
+            good = manager.latest_step()
+            where = "there is no checkpoint"
+            if good is not None:
+                where = f"the last good checkpoint is {manager.directory / str(good)}"
+            raise TrainingDiverged(
+                f"training diverged: {name} is {value} at step {step}; {where}; lower "
+                "optim.peak_lr, optim.step_size_lr_multiplier or refine.step_size, and "
+                "name another workdir"
+            )
+    return values
+
+
+def evaluation_line(step: int, row: dict[str, float]) -> str:
+    """`step 250: held-out nll 2.310 | perplexity 10.07 | 3.333 bits per byte`."""
+    parts = [f"step {step}: held-out nll {row['eval/nll']:.3f}"]
+    parts.append(f"perplexity {row['eval/perplexity']:.2f}")
+    if "eval/bits_per_byte" in row:
+        parts.append(f"{row['eval/bits_per_byte']:.3f} bits per byte")
+    if "eval/energy_gap" in row:
+        parts.append(f"energy gap {row['eval/energy_gap']:.3g}")
+    return " | ".join(parts)
+
+
+def introduction(config: Config, params: PyTree, mesh: Mesh) -> str:
+    """What is going to be trained, on what."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    device = mesh.devices.flat[0]
+    return (
+        f"model    {config.model.kind} {config.model.size}, {count:,} parameters\n"
+        f"data     {config.data.path}, tokenizer {config.data.tokenizer}, "
+        f"{config.train.batch_size} x {config.data.context} tokens per step\n"
+        f"devices  {mesh.size} x {device.device_kind}, jax {jax.__version__}; the "
+        "first step takes longer, it is compiled"
+    )
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache directory, for the next start.
+
+    A cache that is set already, as by JAX_COMPILATION_CACHE_DIR, stays. Where the
+    directory cannot be made, there is no cache: that is no reason to fail.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(root) / "ebt_jax"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -1,0 +1,222 @@
+import json
+import math
+import shutil
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from ebt_jax.errors import TrainingDiverged, UserError
+from ebt_jax.training import checkpoint
+from ebt_jax.training.loop import enable_compilation_cache, fit
+
+EXTRAS = {"curve_steps": 3, "sample_tokens": 6}
+TIMING = ("seconds", "tokens_per_second")
+
+
+def run(toy, path, fake=None, batches=None, noise=0.3, **sections):
+    config = toy.config(**sections)
+    fake = fake or toy.bigram(noise=noise)
+    batches = batches or toy.training_batches(config.train.batch_size)
+    held_out = toy.held_out_batches()
+    return fit(config, path, fake.objective, toy.tokenizer, batches, held_out)
+
+
+def metrics(path):
+    """The lines of metrics.jsonl without their timing."""
+    rows = [
+        json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def table(path, toy, monkeypatch):
+    objective = toy.bigram().objective
+    monkeypatch.setattr(checkpoint, "build_objective", lambda config: objective)
+    return np.asarray(checkpoint.restore_params(path)["table"])
+
+
+class Interrupted(grain.DatasetIterator):
+    """Batches that are cut off, as by a signal, before batch `after + 1` is read."""
+
+    def __init__(self, batches, after):
+        super().__init__(batches)
+        self.batches, self.left = batches, after
+
+    def __next__(self):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return next(self.batches)
+
+    def get_state(self):
+        return self.batches.get_state()
+
+    def set_state(self, state):
+        self.batches.set_state(state)
+
+
+@pytest.fixture(scope="module")
+def straight(toy, tmp_path_factory):
+    """Workdir, result and number of loss traces of an uninterrupted run."""
+    path = tmp_path_factory.mktemp("straight") / "run"
+    fake = toy.bigram(noise=0.3)
+    return path, run(toy, path, fake=fake, eval=EXTRAS), len(fake.traces)
+
+
+def test_a_run_leaves_what_it_says(straight, toy):
+    path, result, traces = straight
+    assert traces == 1  # compiled once
+    rows = metrics(path)
+    assert [row["step"] for row in rows] == [1, 2, 4, 5, 6, 8, 10, 12]
+    assert [row["step"] for row in rows if "eval/nll" in row] == [5, 10, 12]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    for name in ("train/nll", "train/gradient_norm", "train/learning_rate/weights"):
+        assert name in rows[0]
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary.pop("step") == 12 and summary == result
+    for name in ("thinking/nll/step_1", "thinking/nll/step_3", "eval/energy_gap"):
+        assert name in result
+    sample = (path / "sample.txt").read_text()
+    assert len(sample) == toy.context // 4 + 6 + 1
+    assert checkpoint.latest_step(path) == 12
+
+
+@pytest.mark.parametrize("after", [3, 7])
+def test_interrupted_and_continued_equals_uninterrupted(
+    straight, toy, tmp_path, monkeypatch, after
+):
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, path, batches=Interrupted(toy.training_batches(8), after))
+    # At 3 there is no checkpoint yet: the run starts from scratch again.
+    assert checkpoint.latest_step(path) == (5 if after == 7 else None)
+    leave_behind(path)
+    result = run(toy, path, eval=EXTRAS)
+    assert metrics(path) == metrics(straight[0])
+    timeless = lambda numbers: {k: v for k, v in numbers.items() if k not in TIMING}
+    assert timeless(result) == timeless(straight[1])
+    here = table(path, toy, monkeypatch)
+    np.testing.assert_array_equal(here, table(straight[0], toy, monkeypatch))
+    assert not list((path / "checkpoints").glob("*tmp*"))
+
+
+def leave_behind(path):
+    """What a kill in the middle of a save and of a line leaves behind."""
+    half = path / "checkpoints" / "10.orbax-checkpoint-tmp" / "state"
+    half.mkdir(parents=True)
+    (half / "_METADATA").write_text("{")
+    with (path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 8, "train/lo')
+
+
+def test_a_finished_run_says_so(straight, toy, capsys):
+    path, result, _ = straight
+    fake = toy.bigram()
+    assert run(toy, path, fake=fake) == result
+    assert not fake.traces
+    assert "has made all of its 12 steps" in capsys.readouterr().err
+
+
+def test_a_run_killed_at_its_very_end_is_closed_later(straight, toy, tmp_path):
+    path = shutil.copytree(straight[0], tmp_path / "run")
+    (path / "summary.json").unlink()
+    fake = toy.bigram()
+    result = run(toy, path, fake=fake, eval=EXTRAS, log={"plots": True})
+    assert not fake.traces and result["eval/nll"] == straight[1]["eval/nll"]
+    assert metrics(path) == metrics(straight[0])
+    for name in ("learning_curve.png", "thinking_curve.png", "summary.json"):
+        assert (path / name).stat().st_size
+
+
+def test_a_run_goes_on_for_longer(straight, toy, tmp_path):
+    path = shutil.copytree(straight[0], tmp_path / "run")
+    run(toy, path, train={"steps": 14}, optim={"schedule_steps": 12})
+    assert [row["step"] for row in metrics(path)][-2:] == [12, 14]
+    config = json.loads((path / "config.json").read_text())
+    assert config["train"]["steps"] == 14
+    assert checkpoint.latest_step(path) == 14
+
+
+def poison(toy, update):
+    """A sequence that first shows up in some update."""
+    batches = toy.training_batches(8)
+    for _ in range(update - 1):
+        next(batches)
+    return int(next(batches)["index"][0])
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(
+    toy, tmp_path, monkeypatch
+):
+    path = tmp_path / "run"
+    fake = toy.bigram(poison=poison(toy, 9))
+    with pytest.raises(TrainingDiverged) as error:
+        run(toy, path, fake=fake)
+    message = str(error.value)
+    assert "training diverged: loss is nan at step 10; " in message
+    assert f"the last good checkpoint is {path / 'checkpoints' / '5'};" in message
+    assert checkpoint.latest_step(path) == 5
+    assert np.isfinite(table(path, toy, monkeypatch)).all()
+    assert all(math.isfinite(row["train/loss"]) for row in metrics(path))
+
+
+def test_a_checkpoint_between_logged_steps_is_checked_too(toy, tmp_path):
+    fake = toy.bigram(poison=poison(toy, 3))
+    settings = {"log": {"every": 100}, "eval": {"every": 0}, "checkpoint": {"every": 4}}
+    with pytest.raises(TrainingDiverged, match="at step 4; there is no checkpoint"):
+        run(toy, tmp_path / "run", fake=fake, **settings)
+    assert checkpoint.latest_step(tmp_path / "run") is None
+
+
+def test_data_that_ends(toy, tmp_path):
+    batches = toy.training_batches(8, rows=30, repeat=False)
+    message = "data ends after 3 steps, but train.steps is 12; set data.repeat=True"
+    with pytest.raises(UserError, match=message):
+        run(toy, tmp_path / "run", batches=batches)
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"mesh": {"data": 64}}, "mesh.data is 64"),
+        ({"train": {"batch_size": 9}}, "train.batch_size is 9"),
+        ({"log": {"wandb_project": "p"}}, "wandb"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    toy, tmp_path, sections, message, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        run(toy, tmp_path / "run", **sections)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_config_leaves_a_run_alone(straight, toy):
+    before = (straight[0] / "config.json").read_text()
+    with pytest.raises(UserError, match="train.seed is 0 there and 1 here"):
+        run(toy, straight[0], train={"seed": 1})
+    assert (straight[0] / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("given", ["nowhere", "directory", "file"])
+def test_compilation_cache(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if given == "file":  # in the way: no cache, and no failure
+        (tmp_path / "cache").write_text("")
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        if given == "directory":
+            jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        enable_compilation_cache()
+        expected = {
+            "nowhere": str(tmp_path / "cache/ebt_jax"),
+            "directory": "elsewhere",
+        }
+        found = jax.config.values["jax_compilation_cache_dir"]
+        assert found == (expected[given] if given in expected else None)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
