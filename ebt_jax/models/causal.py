@@ -62,7 +62,7 @@ def init(config: ModelConfig, key: jax.Array) -> PyTree:
 
     def block(key: jax.Array) -> PyTree:
         return _init(
-            _block(config), key, x, positions, mask, condition, method="context"
+            Block(config), key, x, positions, mask, condition, method="context"
         )
 
     params = {
@@ -130,7 +130,7 @@ def energy(
 
     def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
         weights, past = inputs
-        return _block(config).apply(
+        out: Any = Block(config).apply(
             {"params": weights},
             x,
             context.positions,
@@ -138,7 +138,8 @@ def energy(
             condition,
             past,
             method="candidate",
-        ), None
+        )
+        return out, None
 
     x, _ = jax.lax.scan(_remat(config, layer), x, (params["blocks"], past))
     x = _apply(_final_norm(config), params, "final_norm", x)
@@ -186,7 +187,7 @@ def _context_stream(
         mask = _causal_mask(x.shape[1], x.shape[1], segments)
 
     def layer(x: jax.Array, weights: PyTree) -> tuple[jax.Array, Any]:
-        return _block(config).apply(
+        return Block(config).apply(
             {"params": weights}, x, positions, mask, condition, method="context"
         )
 
@@ -221,10 +222,6 @@ def _remat(config: ModelConfig, layer: Callable) -> Callable:
         "full": policies.nothing_saveable,
     }[config.remat]
     return jax.checkpoint(layer, policy=keep, prevent_cse=False)
-
-
-def _block(config: ModelConfig) -> Block:
-    return Block(config)
 
 
 def _embed(config: ModelConfig, params: PyTree, tokens: jax.Array) -> jax.Array:

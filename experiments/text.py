@@ -1,0 +1,205 @@
+"""Causal language models: System 1, System 2, anchored candidates, Transformer++.
+
+    ebt train --config=experiments/text.py:quickstart --workdir=runs/first
+
+trains on the English reference text that ships with Python; nothing is downloaded.
+
+Words, joined by commas after the colon:
+
+    s1              System 1 as published (the default): two steps, detached between,
+                    loss on both, learnt step size 500, step embedding
+    s2              System 2 as published, without the replay buffer: 2 or 3 steps,
+                    Langevin noise, random step sizes around 5, loss on the last
+    anchored        System 1 whose candidates start from the token they continue; step
+                    size 5, no step embedding. Not published, and better (table below)
+    transformer_pp  the feed-forward baseline with the same blocks
+    size=SIZE       4xs, 3xs, xxs (the default), xs, small, medium, large or xl, with
+                    the published learning rate
+    step_size=X     initial step size, with its published learning rate of 3 X peak_lr
+    quickstart      anchored, 4xs, for minutes on a laptop
+    fidelity        4xs, 16 x 128 bytes, 1,000 steps: the setting of the table below
+    tiny            seconds; for tests
+
+The published runs read 256 x 256 tokens of RedPajama with the GPT-NeoX tokenizer for a
+million steps: give `--config.data.path` and `--config.data.tokenizer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import ml_collections
+
+from ebt_jax.data.config import DataConfig
+from ebt_jax.errors import UserError
+from ebt_jax.models.config import SIZES, ModelConfig
+from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.training.config import (
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    OptimConfig,
+    TrainConfig,
+    to_config_dict,
+)
+
+# Peak learning rates of the paper, table D.1; 4xs and 3xs from the published code.
+PEAK_LR = {
+    "4xs": 2.4e-3,
+    "3xs": 1.8e-3,
+    "xxs": 1.2e-3,
+    "xs": 9e-4,
+    "small": 6e-4,
+    "medium": 3e-4,
+    "large": 2.5e-4,
+    "xl": 2e-4,
+}
+METHODS = ("s1", "s2", "anchored", "transformer_pp")
+SETTINGS = ("quickstart", "fidelity", "tiny")
+KEYS = ("size", "step_size")
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of the words in `arg`.
+
+    Raises:
+      UserError: for a word that is unknown or contradicts another.
+    """
+    words = [word.strip() for word in arg.split(",") if word.strip()]
+    methods = [word for word in words if word in METHODS]
+    settings = [word for word in words if word in SETTINGS]
+    values = _values([word for word in words if word not in METHODS + SETTINGS])
+    for kind in (methods, settings):
+        if len(kind) > 1:
+            raise UserError(
+                f"preset {arg!r} names both {kind[0]!r} and {kind[1]!r}; choose one"
+            )
+    setting = settings[0] if settings else "published"
+    method = methods[0] if methods else "s1"
+    if setting == "quickstart" and not methods:
+        method = "anchored"
+    size = "xxs" if setting == "published" else "4xs"
+    size = values["size"] if "size" in values else size
+    if size not in SIZES:
+        raise UserError(f"preset size {size!r} is not one of {', '.join(SIZES)}")
+    config = _method(method, size)
+    if "step_size" in values:
+        config = _with_step_size(config, values["step_size"])
+    return to_config_dict(_setting(setting, config))
+
+
+def sweep() -> list[dict[str, Any]]:
+    """The runs of the table above: flags of `ebt train`, the text's path apart."""
+    runs = ("s1", "s1,step_size=5", "anchored", "transformer_pp")
+    return [
+        {
+            "config": f"experiments/text.py:fidelity,{run}",
+            "config.train.seed": seed,
+            "workdir": f"runs/fidelity/{run.replace(',', '-')}-{seed}",
+        }
+        for run in runs
+        for seed in range(3)
+    ]
+
+
+def _method(method: str, size: str) -> Config:
+    """A method at a size, in the published setting."""
+    config = Config(
+        model=ModelConfig(size=size),
+        refine=RefineSetup(num_steps=2, num_landscapes=2, backprop="per_step"),
+        optim=OptimConfig(
+            peak_lr=PEAK_LR[size], warmup_steps=10_000, schedule_steps=1_000_000
+        ),
+        data=DataConfig(context=256, packing="document", held_out=0.0005),
+        train=TrainConfig(steps=1_000_000, batch_size=256),
+        eval=EvalConfig(every=15_000, sequences=2048, batch_size=64),
+        checkpoint=CheckpointConfig(every=5_000),
+    )
+    if method == "s1":
+        return _with_step_size(config, 500.0)
+    if method == "s2":
+        refine = RefineSetup(
+            num_steps=3,
+            min_steps=2,
+            num_landscapes=1,
+            backprop="truncated",
+            noise_std=3.0,
+            step_size_jitter=2.0,
+            step_size=5.0,
+            step_size_learnable=False,
+        )
+        objective = ObjectiveConfig(loss_steps="last")
+        return dataclasses.replace(config, refine=refine, objective=objective)
+    if method == "anchored":
+        model = ModelConfig(
+            size=size, candidate_input="anchored", conditioning="default"
+        )
+        return _with_step_size(dataclasses.replace(config, model=model), 5.0)
+    model = ModelConfig(size=size, kind="transformer_pp")
+    return dataclasses.replace(config, model=model)
+
+
+def _setting(setting: str, config: Config) -> Config:
+    """Data, length and evaluation of a setting."""
+    if setting == "published":
+        return config
+    steps = {"quickstart": 800, "fidelity": 1000, "tiny": 6}[setting]
+    config = dataclasses.replace(
+        config,
+        optim=dataclasses.replace(
+            config.optim, warmup_steps=min(100, steps // 2), schedule_steps=0
+        ),
+        data=DataConfig(context=128),
+        train=TrainConfig(steps=steps, batch_size=16),
+        eval=EvalConfig(every=200, sequences=256),
+        checkpoint=CheckpointConfig(every=200),
+    )
+    if setting == "fidelity":
+        evaluation = EvalConfig(every=500, sequences=0)
+        return dataclasses.replace(config, eval=evaluation)
+    if setting == "tiny":
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, num_layers=2, num_heads=2, dim=16),
+            data=DataConfig(context=16),
+            train=TrainConfig(steps=6, batch_size=8),
+            eval=EvalConfig(
+                every=3, sequences=8, batch_size=8, curve_steps=3, sample_tokens=4
+            ),
+            checkpoint=CheckpointConfig(every=2),
+            log=dataclasses.replace(config.log, every=1),
+        )
+    return config
+
+
+def _with_step_size(config: Config, step_size: float) -> Config:
+    """The learning rate of a step size is 3 times it (paper, appendix I)."""
+    return dataclasses.replace(
+        config,
+        refine=dataclasses.replace(config.refine, step_size=step_size),
+        optim=dataclasses.replace(config.optim, step_size_lr_multiplier=3 * step_size),
+    )
+
+
+def _values(words: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in KEYS:
+            known = (*METHODS, *SETTINGS, *(f"{key}=..." for key in KEYS))
+            close = difflib.get_close_matches(key, METHODS + SETTINGS + KEYS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise UserError(
+                f"preset word {word!r} is unknown{hint} Known: {', '.join(known)}"
+            )
+        values[key] = value
+    if "step_size" in values:
+        try:
+            values["step_size"] = float(values["step_size"])
+        except ValueError:
+            raise UserError(
+                f"preset step_size is {values['step_size']!r}, but has to be a number"
+            ) from None
+    return values
