@@ -88,6 +88,7 @@ def _evaluate(values: flags.FlagValues) -> None:
     from ebt_jax.evaluation.metrics import evaluate
     from ebt_jax.training import checkpoint
     from ebt_jax.training.config import resolve
+    from ebt_jax.training.monitor import finite
     from ebt_jax.training.objective import build_objective
 
     path, config = checkpoint.open_workdir(workdir)
@@ -120,7 +121,10 @@ def _evaluate(values: flags.FlagValues) -> None:
         "checkpoint": values.checkpoint or checkpoint.latest_step(path),
         "data": values.data or f"held-out part of {data.held_out_path or data.path}",
     }
-    print(json.dumps(about | results) if values.json else _table(about, results))
+    if values.json:
+        print(json.dumps(about | finite(results), allow_nan=False))
+    else:
+        print(_table(about, results))
 
 
 def _generate(values: flags.FlagValues) -> None:

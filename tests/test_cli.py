@@ -165,6 +165,11 @@ def test_mistakes_in_a_config(fails, folder, tmp_path, monkeypatch, flags, messa
     assert not list(tmp_path.iterdir())
 
 
+def test_train_without_a_workdir(fails, folder):
+    message = fails(["train", f"--config={folder / 'config.py'}"])
+    assert "--workdir is missing" in message
+
+
 def test_a_preset_that_the_file_refuses(fails, folder):
     argv = ["inspect", f"--config={folder / 'config.py'}:feedforward"]
     assert fails(argv) == "error: there is no preset 'feedforward'\n"
@@ -282,6 +287,16 @@ def test_evaluate_scores_any_text_at_any_number_of_steps(capsys, workdir, folder
     assert rows["data"] == str(other)
     assert rows["nll"] == rows["nll/step_3"]
     assert "nats per token" in table
+
+
+def test_json_has_null_for_what_is_not_finite(capsys, workdir, monkeypatch):
+    numbers = {"nll": 1e4, "perplexity": float("inf")}
+    monkeypatch.setattr(
+        "ebt_jax.evaluation.metrics.evaluate", lambda *args, **options: numbers
+    )
+    line = output(capsys, "evaluate", f"--workdir={workdir}", "--json")
+    assert json.loads(line)["perplexity"] is None
+    assert "inf" in output(capsys, "evaluate", f"--workdir={workdir}")
 
 
 def test_generate_continues_every_prompt(capsys, workdir):

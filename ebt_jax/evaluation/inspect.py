@@ -210,7 +210,6 @@ def _memory(compiled: Any) -> str:
     memory = compiled.memory_analysis()
     if memory is None:
         return "memory   this backend does not tell"
-    mib = lambda size: f"{size / 2**20:>10,.1f} MiB"
     peak = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -220,13 +219,19 @@ def _memory(compiled: Any) -> str:
     return "\n".join(
         [
             "memory of the compiled training step, per device",
-            f"  arguments    {mib(memory.argument_size_in_bytes)}  state and batch",
-            f"  outputs      {mib(memory.output_size_in_bytes)}  of which "
-            f"{memory.alias_size_in_bytes / 2**20:,.1f} MiB in place of arguments",
-            f"  temporaries  {mib(memory.temp_size_in_bytes)}",
-            f"  together     {mib(peak)}",
+            f"  arguments    {_size(memory.argument_size_in_bytes)}  state and batch",
+            f"  outputs      {_size(memory.output_size_in_bytes)}  of which "
+            f"{_size(memory.alias_size_in_bytes).strip()} in place of arguments",
+            f"  temporaries  {_size(memory.temp_size_in_bytes)}",
+            f"  together     {_size(peak)}",
         ]
     )
+
+
+def _size(count: int) -> str:
+    if count < 2**30:
+        return f"{count / 2**20:>8.1f} MiB"
+    return f"{count / 2**30:>8.1f} GiB"
 
 
 def _named(shape: Any) -> str:

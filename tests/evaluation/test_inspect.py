@@ -138,5 +138,6 @@ def test_inspect_tells_parameters_flops_memory_and_mesh():
         "by formula",
         "a loop's body once",
         "temporaries",
+        "MiB",
     ):
         assert part in text
