@@ -113,7 +113,8 @@ def _method(method: str, size: str) -> Config:
             peak_lr=PEAK_LR[size], warmup_steps=10_000, schedule_steps=1_000_000
         ),
         data=DataConfig(context=256, packing="document", held_out=0.0005),
-        train=TrainConfig(steps=1_000_000, batch_size=256),
+        # The published runs took the 256 sequences in parts of 32.
+        train=TrainConfig(steps=1_000_000, batch_size=256, accumulation=8),
         eval=EvalConfig(every=15_000, sequences=2048, batch_size=64),
         checkpoint=CheckpointConfig(every=5_000),
     )

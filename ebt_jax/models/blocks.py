@@ -44,7 +44,9 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     half = x.shape[-1] // 2
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=dtype) / half)
-    angle = positions[..., None, None].astype(dtype) * frequency
+    angle = jnp.einsum("...s,f->...sf", positions.astype(dtype), frequency)
+    leading = (1,) * (x.ndim - angle.ndim - 1)
+    angle = angle.reshape(leading + angle.shape)[..., None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     pairs = x.astype(cos.dtype).reshape(*x.shape[:-1], half, 2)
     a, b = pairs[..., 0], pairs[..., 1]
