@@ -27,6 +27,13 @@ def _positive(section: Any, where: str, name: str) -> None:
         )
 
 
+def _seed(section: Any, where: str) -> None:
+    if not 0 <= section.seed < 2**32:
+        raise UserError(
+            f"{where}.seed is {section.seed}, but has to be between 0 and 2**32 - 1"
+        )
+
+
 def _not_negative(section: Any, where: str, name: str) -> None:
     if getattr(section, name) < 0:
         raise UserError(
@@ -86,6 +93,7 @@ class TrainConfig:
                 f"train.batch_size is {self.batch_size}, which train.accumulation "
                 f"({self.accumulation}) does not divide; change one of them"
             )
+        _seed(self, "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +120,7 @@ class EvalConfig:
             "sample_temperature",
         ):
             _not_negative(self, "eval", name)
+        _seed(self, "eval")
 
 
 @dataclasses.dataclass(frozen=True)

