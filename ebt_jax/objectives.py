@@ -47,7 +47,7 @@ class RefineSetup(RefineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.step_size < MIN_STEP_SIZE:
+        if not self.step_size >= MIN_STEP_SIZE:
             raise ValueError(
                 f"step_size is {self.step_size}, but has to be at least {MIN_STEP_SIZE}"
             )
@@ -56,7 +56,7 @@ class RefineSetup(RefineConfig):
                 f"initial_candidate is {self.initial_candidate!r}, but has to be one "
                 "of noise, zeros"
             )
-        if self.initial_scale < 0:
+        if not self.initial_scale >= 0:
             raise ValueError(
                 f"initial_scale is {self.initial_scale}, but cannot be negative"
             )

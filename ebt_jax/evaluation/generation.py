@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -164,35 +164,35 @@ def generate_ids(
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     names = np.arange(len(prompts)) if indices is None else np.asarray(indices)
-    state = _State(
-        jnp.asarray(tokens), jnp.asarray(lengths), jnp.zeros(len(prompts), bool)
-    )
+    state = _State(tokens, lengths, np.zeros(len(prompts), bool))
     key = jax.random.key(seed)
     columns = []
     for _ in range(new_tokens):
-        state, column = _next_token(
-            params,
-            state,
-            jnp.asarray(names, jnp.int32),
-            key,
-            objective,
-            num_steps,
-            sampling,
-            stop_id,
-            vocab_size,
+        # The few integers live on the host: wherever params are, one compilation.
+        state, column = jax.device_get(
+            _next_token(
+                params,
+                state,
+                names.astype(np.int32),
+                key,
+                objective,
+                num_steps,
+                sampling,
+                stop_id,
+                vocab_size,
+            )
         )
         columns.append(column)
-        # Without a stop token nothing is waited for until the end.
-        if stop_id is not None and bool(state.stopped.all()):
+        if state.stopped.all():
             break
-    added = np.stack([np.asarray(column) for column in columns], axis=1)
+    added = np.stack(columns, axis=1)
     return [row[row >= 0] for row in added]
 
 
 class _State(NamedTuple):
-    tokens: jax.Array  # int32 [batch, context], the window; zeros behind its tokens
-    lengths: jax.Array  # int32 [batch], tokens so far, also those that left the window
-    stopped: jax.Array  # bool [batch]
+    tokens: Any  # int32 [batch, context], the window; zeros behind its tokens
+    lengths: Any  # int32 [batch], tokens so far, also those that left the window
+    stopped: Any  # bool [batch]
 
 
 @functools.partial(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from typing import Any
 
 import ml_collections
@@ -21,7 +22,7 @@ from ebt_jax.objectives import ObjectiveConfig, RefineSetup
 
 
 def _positive(section: Any, where: str, name: str) -> None:
-    if getattr(section, name) <= 0:
+    if not 0 < getattr(section, name) < math.inf:
         raise UserError(
             f"{where}.{name} is {getattr(section, name)}, but has to be positive"
         )
@@ -35,9 +36,9 @@ def _seed(section: Any, where: str) -> None:
 
 
 def _not_negative(section: Any, where: str, name: str) -> None:
-    if getattr(section, name) < 0:
+    if not 0 <= getattr(section, name) < math.inf:
         raise UserError(
-            f"{where}.{name} is {getattr(section, name)}, but cannot be negative"
+            f"{where}.{name} is {getattr(section, name)}, but has to be 0 or more"
         )
 
 
