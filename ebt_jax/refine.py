@@ -63,9 +63,7 @@ class RefineConfig:
     num_steps: int = 2  # refinement steps; the most, where min_steps is set
     min_steps: int = 0  # fewest steps where their number is drawn; 0: always num_steps
     num_landscapes: int = 1  # energy landscapes; step i uses landscape i
-    final_landscape_only: bool = (
-        True  # extra steps: True in the last one, False in each
-    )
+    final_landscape_only: bool = True  # extra steps: in the last one, or in each
     backprop: str = "per_step"  # per_step | truncated | full: see the module docstring
     meta_gradient: str = "rule"  # rule | autodiff: see meta_gradient.py
     normalize_steps: str = "all"  # all | first (landscape 0 only) | none
@@ -299,11 +297,12 @@ def refine(
     num_steps = schedule.landscape.shape[0]
     # Steps that are not taken come first, so that the last one is always the same.
     skipped = num_steps - schedule.length
+    all_taken = isinstance(skipped, int) and skipped == 0
 
     def step(carry, slot, constant_gradient):
         stored, transform_state = carry
         index = slot - skipped
-        taken = None if isinstance(skipped, int) and skipped == 0 else index >= 0
+        taken = None if all_taken else index >= 0
         landscape = schedule.landscape[index]
         start = stored
         if config.backprop == "per_step":
@@ -346,7 +345,7 @@ def refine(
         carry, trajectory = jax.lax.scan(
             lambda carry, slot: step(carry, slot, False), carry, slots
         )
-    if not (isinstance(skipped, int) and skipped == 0):
+    if not all_taken:
         trajectory = jax.tree.map(lambda t: jnp.roll(t, -skipped, axis=0), trajectory)
     return Refined(carry[0], trajectory)
 
