@@ -1,0 +1,412 @@
+"""Meta-losses against direct computation, on an energy small enough to do by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ebt_jax import models
+from ebt_jax.models.config import ModelConfig
+from ebt_jax.models.text import cross_entropy
+from ebt_jax.objectives import (
+    MIN_STEP_SIZE,
+    Draws,
+    EnergyModel,
+    FeedForward,
+    ObjectiveConfig,
+    RefineSetup,
+    feed_forward,
+    refined,
+)
+from ebt_jax.randomness import normal
+from ebt_jax.refine import Schedule
+
+BATCH, SEQ, VOCAB = 4, 3, 5
+KEY = jax.random.key(0)
+SETUP = RefineSetup(num_steps=3, num_landscapes=2, step_size=2.0)
+WEIGHTS = np.ones((BATCH, SEQ), np.float32)
+WEIGHTS[1, 1:] = 0
+WEIGHTS[3, 2] = 0
+
+
+def energy(params, context, candidate, landscape):
+    """Distance to a guess that a table makes of the token and the candidate."""
+    guess = jnp.tanh(context + candidate @ params["w"])
+    return (1.0 + landscape) * jnp.sum((candidate - guess) ** 2, axis=-1)
+
+
+def init(key):
+    table, w = jax.random.normal(key, (2, VOCAB, VOCAB))
+    return {"table": table, "w": w}
+
+
+TOY = EnergyModel(
+    init=init,
+    encode_context=lambda params, batch: params["table"][batch["tokens"]],
+    energy=energy,
+    initial_candidate=lambda key, batch: normal(
+        key, (*batch["tokens"].shape, VOCAB), jnp.float32
+    ),
+    normalize=jax.nn.softmax,
+    loss=cross_entropy,
+    target=lambda batch: jax.nn.one_hot(batch["targets"], VOCAB),
+)
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    ids = lambda: jnp.asarray(rng.integers(VOCAB, size=(BATCH, SEQ)), jnp.int32)
+    return {
+        "tokens": ids(),
+        "targets": ids(),
+        "weights": jnp.asarray(WEIGHTS),
+        "index": jnp.array([7, 2, 30, 4], jnp.int32),
+    }
+
+
+def objective_of(setup=SETUP, **options):
+    return refined(TOY, setup, ObjectiveConfig(**options))
+
+
+def start_of(seed=1):
+    shape = (BATCH, SEQ, VOCAB)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def value_and_grad(objective, batch, draws=None, params=None):
+    """`((loss, metrics), gradients)`, from the same parameters and candidate."""
+    params = objective.init(KEY) if params is None else params
+    draws = Draws(candidate=start_of()) if draws is None else draws
+    function = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
+    return function(params, batch, KEY, draws)
+
+
+def path_of(params, batch, setup=SETUP):
+    """Candidates before and after each step, with their energies, by hand."""
+    context = params["table"][batch["tokens"]]
+    z, path = start_of(), []
+    for i in range(setup.num_steps):
+        landscape = min(i, setup.num_landscapes - 1)
+        c = jax.nn.softmax(z)
+        total = lambda c, i=landscape: energy(params, context, c, i).sum()
+        z = c - setup.step_size * jax.grad(total)(c)
+        path.append((c, z, energy(params, context, c, landscape)))
+    return path
+
+
+def smoothed(z, targets, smoothing):
+    """Cross-entropy with a target of (1 - s) one-hot + s / vocab."""
+    target = (1 - smoothing) * jax.nn.one_hot(targets, VOCAB) + smoothing / VOCAB
+    return -(target * jax.nn.log_softmax(z)).sum(axis=-1)
+
+
+def mean(values):
+    return float((values * WEIGHTS).sum() / WEIGHTS.sum())
+
+
+def test_parameters_are_the_models_and_two_scalars():
+    setup = dataclasses.replace(SETUP, noise_std=0.5)
+    params = objective_of(setup).init(KEY)
+    assert set(params) == {"table", "w", "step_size", "noise_std"}
+    assert params["step_size"] == 2.0 and params["noise_std"] == 0.5
+    assert {leaf.dtype.name for leaf in params.values()} == {"float32"}
+
+
+def test_loss_and_metrics_equal_direct_computation():
+    """With label smoothing s (N - 1 - i) / (N - 1), mean over steps."""
+    objective, batch = objective_of(label_smoothing=0.4), make_batch()
+    path = path_of(objective.init(KEY), batch)
+    losses = [
+        mean(smoothed(z, batch["targets"], 0.4 * (2 - i) / 2))
+        for i, (_, z, _) in enumerate(path)
+    ]
+    (loss, metrics), _ = value_and_grad(objective, batch)
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
+    first, last = mean(path[0][2]), mean(path[-1][2])
+    expected = {
+        "loss": np.mean(losses),
+        "nll": losses[-1],
+        "nll_first_step": losses[0],
+        "energy_first": first,
+        "energy_last": last,
+        "energy_gap": first - last,
+        "refine_steps": 3,
+        "step_size": 2.0,
+        "tokens": WEIGHTS.sum(),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+    assert set(metrics) - set(expected) == {"gradient_norm_first", "gradient_norm_last"}
+
+
+def test_the_last_step_is_never_smoothed():
+    batch = make_batch()
+    (smooth, _), _ = value_and_grad(
+        objective_of(label_smoothing=0.4, loss_steps="last"), batch
+    )
+    (sharp, _), _ = value_and_grad(objective_of(loss_steps="last"), batch)
+    np.testing.assert_allclose(smooth, sharp, rtol=1e-6)
+
+
+def test_a_single_step_is_not_smoothed():
+    setup = dataclasses.replace(SETUP, num_steps=1, num_landscapes=1)
+    batch = make_batch()
+    (smooth, _), _ = value_and_grad(objective_of(setup, label_smoothing=0.4), batch)
+    (sharp, _), _ = value_and_grad(objective_of(setup), batch)
+    np.testing.assert_allclose(smooth, sharp, rtol=1e-6)
+
+
+def test_a_drawn_number_of_steps_gives_the_loss_of_that_many():
+    """Mean, smoothing, metrics and contrastive term count the steps that are taken."""
+    options = {"label_smoothing": 0.4, "contrastive_weight": 0.3}
+    batch, landscape = make_batch(), jnp.array([0, 1, 1])
+    schedule = Schedule(landscape, jnp.int32(2))
+    drawn = value_and_grad(
+        objective_of(**options), batch, Draws(start_of(), schedule=schedule)
+    )
+    setup = dataclasses.replace(SETUP, num_steps=2)
+    fixed = value_and_grad(objective_of(setup, **options), batch)
+    for a, b in zip(jax.tree.leaves(drawn), jax.tree.leaves(fixed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_steps_last_scores_the_last_step_alone():
+    batch = make_batch()
+    (loss, metrics), _ = value_and_grad(objective_of(loss_steps="last"), batch)
+    assert loss == metrics["nll"] != metrics["nll_first_step"]
+
+
+def test_reconstruction_weight_scales_the_loss_but_not_the_metrics():
+    batch = make_batch()
+    (whole, metrics), _ = value_and_grad(objective_of(), batch)
+    (half, same), _ = value_and_grad(objective_of(reconstruction_weight=0.5), batch)
+    np.testing.assert_allclose(half, whole / 2, rtol=1e-6)
+    np.testing.assert_allclose(same["nll"], metrics["nll"], rtol=1e-6)
+
+
+def test_the_contrastive_term_equals_direct_computation():
+    """Cross-entropy of [-E(target), -E(candidate before the last update)], label 0."""
+    weight, batch = 0.7, make_batch()
+    objective = objective_of(contrastive_weight=weight, loss_steps="last")
+    params = objective.init(KEY)
+    path = path_of(params, batch)
+    context = params["table"][batch["tokens"]]
+    target = energy(params, context, jax.nn.one_hot(batch["targets"], VOCAB), 1)
+    scores = -jnp.stack([target, path[-1][2]], axis=-1)
+    term = mean(-jax.nn.log_softmax(scores)[..., 0])
+    (loss, metrics), gradients = value_and_grad(objective, batch)
+    np.testing.assert_allclose(metrics["contrastive"], term, rtol=1e-5)
+    np.testing.assert_allclose(loss, metrics["nll"] + weight * term, rtol=1e-5)
+
+    def by_hand(params):
+        """The candidate before the last update is a constant (per_step)."""
+        context = params["table"][batch["tokens"]]
+        target = energy(params, context, jax.nn.one_hot(batch["targets"], VOCAB), 1)
+        candidate = energy(params, context, path[-1][0], 1)
+        term = jax.nn.softplus(target - candidate)
+        return weight * (term * WEIGHTS).sum() / WEIGHTS.sum()
+
+    (_, _), without = value_and_grad(objective_of(loss_steps="last"), batch)
+    for name, expected in jax.grad(by_hand)(init(KEY)).items():
+        np.testing.assert_allclose(
+            gradients[name] - without[name], expected, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_padding_changes_neither_loss_nor_gradients():
+    objective = objective_of(contrastive_weight=0.5, label_smoothing=0.1)
+    batch, other = make_batch(), make_batch(seed=9)
+    changed = {
+        **batch,
+        "targets": jnp.where(WEIGHTS > 0, batch["targets"], other["targets"]),
+        "tokens": jnp.where(WEIGHTS > 0, batch["tokens"], other["tokens"]),
+    }
+    assert (changed["targets"] != batch["targets"]).any()
+    a, b = value_and_grad(objective, batch), value_and_grad(objective, changed)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+
+
+def test_a_batch_of_padding_has_loss_zero_and_finite_gradients():
+    batch = {**make_batch(), "weights": jnp.zeros((BATCH, SEQ))}
+    (loss, metrics), gradients = value_and_grad(objective_of(), batch)
+    assert loss == 0 and metrics["tokens"] == 0
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+def test_step_size_has_a_gradient_only_where_it_is_learnt(learnable):
+    setup = dataclasses.replace(SETUP, step_size_learnable=learnable)
+    _, gradients = value_and_grad(objective_of(setup), make_batch())
+    assert (gradients["step_size"] != 0) == learnable
+    assert (gradients["w"] != 0).all()
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+def test_noise_std_has_a_gradient_only_where_it_is_learnt(learnable):
+    setup = dataclasses.replace(SETUP, noise_std=0.5, noise_learnable=learnable)
+    (_, metrics), gradients = value_and_grad(objective_of(setup), make_batch())
+    assert (gradients["noise_std"] != 0) == learnable
+    assert metrics["noise_std"] == 0.5
+
+
+def test_a_learnt_step_size_never_falls_below_its_floor():
+    objective, batch = objective_of(), make_batch()
+    params = objective.init(KEY)
+    (floor, _), _ = value_and_grad(
+        objective, batch, params={**params, "step_size": jnp.float32(MIN_STEP_SIZE)}
+    )
+    (below, _), _ = value_and_grad(
+        objective, batch, params={**params, "step_size": jnp.float32(-3)}
+    )
+    assert below == floor
+
+
+def test_what_is_not_given_is_drawn_from_the_key():
+    setup = dataclasses.replace(
+        SETUP, min_steps=1, num_landscapes=1, noise_std=0.1, step_size_jitter=2.0
+    )
+    objective, batch = objective_of(setup), make_batch()
+    params, loss = objective.init(KEY), jax.jit(objective.loss)
+    keys = jax.random.split(KEY, 12)
+    first, metrics = loss(params, batch, keys[0])
+    assert first == loss(params, batch, keys[0])[0]
+    seen = [loss(params, batch, key) for key in keys]
+    assert len({float(value) for value, _ in seen}) == 12
+    assert {int(metrics["refine_steps"]) for _, metrics in seen} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("fields", "std"),
+    [({}, 1.0), ({"initial_scale": 3.0}, 3.0), ({"initial_candidate": "zeros"}, 0.0)],
+)
+def test_the_initial_candidate_is_noise_of_a_scale_or_zeros(fields, std):
+    """Seen through an energy that is the candidate's mean square."""
+    setup = RefineSetup(num_steps=1, normalize_steps="none", **fields)
+    square = lambda params, context, candidate, i: jnp.mean(candidate**2, axis=-1)
+    model = TOY._replace(energy=square)
+    objective = refined(model, setup, ObjectiveConfig())
+    batch = {
+        **{k: jnp.zeros((20, 50), jnp.int32) for k in ("tokens", "targets")},
+        "weights": jnp.ones((20, 50)),
+    }
+    _, metrics = objective.loss(objective.init(KEY), batch, KEY)
+    np.testing.assert_allclose(metrics["energy_first"], std**2, rtol=0.1)
+
+
+# Evaluation and prediction.
+
+EVALUATED = dataclasses.replace(
+    SETUP, min_steps=2, noise_std=0.3, step_size_jitter=2.0, backprop="truncated"
+)
+
+
+def rows(batch, chosen):
+    return {name: array[jnp.array(chosen)] for name, array in batch.items()}
+
+
+def test_evaluate_gives_every_step_and_the_final_energy():
+    objective, batch = objective_of(EVALUATED), make_batch()
+    params = objective.init(KEY)
+    seen = objective.evaluate(params, batch, KEY, 0)
+    assert {name: array.shape for name, array in seen.items()} == {
+        "nll": (3, BATCH, SEQ),
+        "energy": (4, BATCH, SEQ),
+        "gradient_norm": (3, BATCH, SEQ),
+    }
+    logits = objective.predict(params, batch, KEY, 0)
+    nll = smoothed(logits, batch["targets"], 0.0)
+    np.testing.assert_allclose(seen["nll"][-1], nll, rtol=1e-5)
+    context = params["table"][batch["tokens"]]
+    final = energy(params, context, jax.nn.softmax(logits), 1)
+    np.testing.assert_allclose(seen["energy"][-1], final, rtol=1e-5)
+
+
+def test_evaluate_takes_as_many_steps_as_it_is_told():
+    """More steps stay in the last landscape and begin as fewer do."""
+    objective, batch = objective_of(EVALUATED), make_batch()
+    params = objective.init(KEY)
+    few, trained, many = (
+        objective.evaluate(params, batch, KEY, steps) for steps in (1, 0, 5)
+    )
+    assert [len(x["nll"]) for x in (few, trained, many)] == [1, 3, 5]
+    np.testing.assert_allclose(few["nll"][0], trained["nll"][0], rtol=1e-5)
+    np.testing.assert_allclose(many["nll"][:3], trained["nll"], rtol=1e-5)
+
+
+def test_evaluation_draws_no_step_size():
+    plain = dataclasses.replace(EVALUATED, step_size_jitter=1.0)
+    batch = make_batch()
+    a, b = (
+        objective_of(setup).predict(objective_of().init(KEY), batch, KEY, 0)
+        for setup in (
+            dataclasses.replace(EVALUATED, noise_std=0.0),
+            dataclasses.replace(plain, noise_std=0.0),
+        )
+    )
+    np.testing.assert_array_equal(a, b)
+
+
+def causal_model():
+    return models.build(
+        ModelConfig(num_layers=1, num_heads=1, dim=8, vocab_size=5, num_landscapes=2)
+    )
+
+
+@pytest.mark.parametrize("model", [TOY, causal_model()], ids=["toy", "causal"])
+def test_evaluation_does_not_depend_on_the_batch(model):
+    """Neither on its size nor on its order: draws belong to `index`."""
+    objective, batch = refined(model, EVALUATED, ObjectiveConfig()), make_batch()
+    params = objective.init(KEY)
+    evaluate = jax.jit(objective.evaluate, static_argnums=3)
+    whole = evaluate(params, batch, KEY, 0)
+    for chosen in ([3, 1, 0, 2], [2], [0]):
+        part = evaluate(params, rows(batch, chosen), KEY, 0)
+        for name, array in part.items():
+            expected = whole[name][:, jnp.array(chosen)]
+            np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5)
+    renamed = {**batch, "index": batch["index"] + 1}
+    assert (evaluate(params, renamed, KEY, 0)["nll"] != whole["nll"]).all()
+
+
+def test_non_finite_numbers_are_recorded_not_raised():
+    objective, batch = objective_of(), make_batch()
+    params = {**objective.init(KEY), "step_size": jnp.float32(jnp.inf)}
+    (loss, metrics), _ = value_and_grad(objective, batch, params=params)
+    assert not np.isfinite(loss) and np.isfinite(metrics["energy_first"])
+
+
+# Feed-forward.
+
+
+def table_model():
+    predict = lambda params, batch: params["table"][batch["tokens"]]
+    return FeedForward(init=init, predict=predict, loss=cross_entropy)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_feed_forward_is_the_mean_cross_entropy_of_one_pass(smoothing):
+    objective = feed_forward(table_model(), ObjectiveConfig(label_smoothing=smoothing))
+    params, batch = objective.init(KEY), make_batch()
+    loss, metrics = objective.loss(params, batch, KEY)
+    logits = params["table"][batch["tokens"]]
+    expected = mean(smoothed(logits, batch["targets"], smoothing))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics["tokens"] == WEIGHTS.sum()
+    np.testing.assert_array_equal(objective.predict(params, batch, KEY, 7), logits)
+    seen = objective.evaluate(params, batch, KEY, 7)
+    assert list(seen) == ["nll"]
+    np.testing.assert_allclose(
+        seen["nll"], smoothed(logits, batch["targets"], 0.0)[None], rtol=1e-5
+    )
+
+
+def test_feed_forward_ignores_padding():
+    objective = feed_forward(table_model(), ObjectiveConfig())
+    batch, other = make_batch(), make_batch(seed=9)
+    targets = jnp.where(WEIGHTS > 0, batch["targets"], other["targets"])
+    gradient = jax.grad(objective.loss, has_aux=True)
+    a = gradient(objective.init(KEY), batch, KEY)
+    b = gradient(objective.init(KEY), {**batch, "targets": targets}, KEY)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
