@@ -270,7 +270,8 @@ def to_reference(params: PyTree, config: Config) -> dict[str, np.ndarray]:
     state = {}
     for entry in _entries(config.model):
         array = np.asarray(_at(params, entry), np.float32)
-        state[entry.name] = np.array(array.T if entry.transpose else array)
+        array = array.T if entry.transpose else array
+        state[entry.name] = np.array(array, order="C")  # safetensors needs it
     return state
 
 
