@@ -1,0 +1,256 @@
+"""What options may not change, what they may change a little, and initial numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ebt_jax import models
+from ebt_jax.models.blocks import ACTIVATIONS, Norm, attend, rotate
+from ebt_jax.models.config import SIZES, ModelConfig
+from ebt_jax.refine import RefineConfig, refine
+
+VOCAB = 11
+KEY = jax.random.key(0)
+QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
+
+
+def tiny(**fields):
+    return ModelConfig(
+        **{
+            "num_layers": 2,
+            "num_heads": 2,
+            "dim": 8,
+            "vocab_size": VOCAB,
+            "num_landscapes": 2,
+            **fields,
+        }
+    )
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(VOCAB, size=(2, 5)), jnp.int32)
+    return {"tokens": tokens}, jnp.asarray(rng.normal(size=(2, 5, VOCAB)), jnp.float32)
+
+
+def loss_and_gradients(config):
+    """Of two fully differentiated refinement steps, with the energies of each."""
+    model = models.build(config)
+    batch, start = inputs()
+
+    def loss(params):
+        result = refine(
+            model.energy,
+            params,
+            model.encode_context(params, batch),
+            start,
+            step_size=1.0,
+            config=RefineConfig(num_landscapes=2, backprop="full"),
+            normalize=model.normalize,
+        )
+        energy = result.trajectory["energy"]
+        return jnp.sum(jax.nn.log_softmax(result.candidate) ** 2), energy
+
+    params = jax.jit(model.init)(KEY)
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    return program(params)
+
+
+def largest_relative(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(np.abs(x - y).max() / np.abs(y).max() for x, y in leaves)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def shapes_of(config):
+    return jax.eval_shape(models.build(config).init, KEY)
+
+
+# Precision and memory.
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return loss_and_gradients(tiny(conditioning="default"))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_number(exact, remat):
+    remade = loss_and_gradients(tiny(conditioning="default", remat=remat))
+    assert largest_relative(remade, exact) < 1e-5
+
+
+def test_bfloat16_keeps_energies_and_gradients_float32_and_near(exact):
+    half = loss_and_gradients(tiny(conditioning="default", dtype="bfloat16"))
+    for leaf, like in zip(jax.tree.leaves(half), jax.tree.leaves(exact), strict=True):
+        assert leaf.dtype == like.dtype == jnp.float32
+        assert np.isfinite(leaf).all()
+    (_, energies), (_, exact_energies) = half[0], exact[0]
+    assert largest_relative(energies[0], exact_energies[0]) < 0.05
+    assert largest_relative(half[0][0], exact[0][0]) < 0.05
+    assert 0 < largest_relative(energies, exact_energies)
+
+
+@pytest.mark.parametrize("conditioning", ["time_embed", "adaln"])
+def test_every_conditioning_computes_in_bfloat16(conditioning):
+    model = models.build(tiny(conditioning=conditioning, dtype="bfloat16"))
+    batch, start = inputs()
+    params = jax.eval_shape(model.init, KEY)
+    context = jax.eval_shape(model.encode_context, params, batch)
+    assert context.keys.dtype == context.values.dtype == jnp.bfloat16
+    energy = jax.eval_shape(model.energy, params, context, start, jnp.int32(0))
+    assert energy.dtype == jnp.float32
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+# Parameters.
+
+
+def test_initial_kernels_are_xavier_normal_and_embeddings_standard_normal():
+    """Plain normals, not truncated ones: some lie beyond three deviations."""
+    config = ModelConfig(
+        size="4xs", vocab_size=256, num_landscapes=300, conditioning="adaln"
+    )
+    params = jax.jit(models.build(config).init)(KEY)
+    blocks = params["blocks"]
+    expected = {
+        "embed": (params["embed"]["embedding"], 1.0),
+        "step_embed": (params["step_embed"]["embedding"], 1.0),
+        "candidate_embed": (params["candidate_embed"]["kernel"], (2 / 384) ** 0.5),
+        "query": (blocks["query"]["kernel"], (2 / 256) ** 0.5),
+        "down": (blocks["down"]["kernel"], (2 / 256) ** 0.5),
+        "modulation": (blocks["modulation"]["kernel"], (2 / (7 * 128)) ** 0.5),
+    }
+    for name, (array, std) in expected.items():
+        assert abs(float(array.std()) / std - 1) < 0.02, name
+        assert abs(float(array.mean())) < 0.02 * std, name
+        assert float(jnp.abs(array).max()) > 3 * std, name
+    layers = blocks["query"]["kernel"]
+    assert (layers[0] != layers[1]).all()
+    assert (blocks["attention_norm"]["scale"] == 1).all()
+    energy = params["energy"]["kernel"]
+    assert abs(float(energy.std()) / (2 / 129) ** 0.5 - 1) < 0.25
+
+
+def test_adaln_zero_starts_without_a_landscape_and_with_shut_gates():
+    model = models.build(tiny(conditioning="adaln_zero"))
+    params = jax.jit(model.init)(KEY)
+    assert not params["blocks"]["modulation"]["kernel"].any()
+    assert not params["final_modulation"]["kernel"].any()
+    batch, start = inputs()
+
+    @jax.jit
+    def energy(landscape):
+        context = model.encode_context(params, batch)
+        return model.energy(params, context, start, landscape)
+
+    a, b = (energy(jnp.int32(i)) for i in (0, 1))
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["ebt", "transformer_pp"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_has_seven_width_squared_parameters_a_layer(size, kind):
+    layers, heads, width = SIZES[size]
+    config = ModelConfig(
+        kind=kind, size=size, vocab_size=256, num_landscapes=2, conditioning="default"
+    )
+    params = shapes_of(config)
+    assert all(leaf.shape[0] == layers for leaf in jax.tree.leaves(params["blocks"]))
+    kernels = [m["kernel"] for m in params["blocks"].values() if "kernel" in m]
+    assert count(kernels) == 7 * width**2 * layers
+    norms = 2 * layers * width + width
+    assert count(params["blocks"]) + count(params["final_norm"]) == (
+        count(kernels) + norms
+    )
+    assert (config.width // config.heads) * heads == width
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("xxs", 6.19), ("xs", 12.39), ("large", 396.4)]
+)
+def test_published_sizes_have_the_published_number_of_parameters(size, millions):
+    config = ModelConfig(size=size, vocab_size=50277, num_landscapes=2)
+    params = shapes_of(config)
+    embeddings = ("embed", "candidate_embed", "step_embed")
+    rest = {name: part for name, part in params.items() if name not in embeddings}
+    assert abs(count(rest) / 1e6 / millions - 1) < 2e-3
+    assert count(params) - count(rest) == (2 * 50277 + 2) * config.width
+
+
+def test_a_tied_model_has_no_candidate_table():
+    untied, tied = (shapes_of(tiny(tied_embedding=t)) for t in (False, True))
+    assert set(untied) - set(tied) == {"candidate_embed"}
+    assert count(untied) - count(tied) == VOCAB * 8
+
+
+# Building blocks.
+
+
+def test_rotation_turns_interleaved_pairs_by_position_times_frequency():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 1, 4)), jnp.float32)
+    turned = rotate(x, jnp.array([0, 1, 7]))
+    for j, position in enumerate([0, 1, 7]):
+        for pair, frequency in enumerate([1.0, 0.01]):
+            plane = complex(*x[0, j, 0, 2 * pair : 2 * pair + 2])
+            expected = plane * np.exp(1j * position * frequency)
+            actual = complex(*turned[0, j, 0, 2 * pair : 2 * pair + 2])
+            np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_attention_to_itself_is_one_more_key():
+    """Also where nothing else is visible, and with scores that would overflow."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    query, keys, values = (30 * draw(1, 3, 2, 4), draw(1, 5, 2, 4), draw(1, 5, 2, 4))
+    own = draw(1, 3, 2, 4), draw(1, 3, 2, 4)
+    mask = jnp.array([[True, False, True, True, False], [False] * 5, [True] * 5])
+    out = attend(query, keys, values, mask[None, None], own)
+    for j in range(3):
+        for h in range(2):
+            k = np.stack([*keys[0, mask[j], h], own[0][0, j, h]])
+            v = np.stack([*values[0, mask[j], h], own[1][0, j, h]])
+            scores = k @ np.asarray(query[0, j, h]) / 2
+            weights = np.exp(scores - scores.max())
+            expected = weights @ v / weights.sum()
+            np.testing.assert_allclose(out[0, j, h], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer", "dyt", "none"])
+def test_norms_equal_their_formulas(kind):
+    rng = np.random.default_rng(0)
+    x = 3 + rng.normal(size=(2, 8)).astype(np.float32)
+    module = Norm(kind, 0.3)
+    params = module.init(KEY, jnp.asarray(x))
+    params = jax.tree.map(lambda p: p + 0.5, params)
+    get = lambda name: np.asarray(params["params"][name])
+    if kind == "rms":
+        expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * get("scale")
+    elif kind == "layer":
+        h = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        expected = h * get("scale") + get("bias")
+    elif kind == "dyt":
+        expected = np.tanh(get("alpha") * x) * get("scale") + get("bias")
+        np.testing.assert_allclose(get("alpha"), 0.8)
+    else:
+        expected = x
+    np.testing.assert_allclose(module.apply(params, x), expected, rtol=1e-5)
+
+
+def test_activations_are_those_of_the_published_code():
+    from math import erf, exp
+
+    x = 0.7
+    expected = {
+        "silu": (x / (1 + exp(-x)), -x / (1 + exp(x))),
+        "relu": (x, 0.0),
+        "gelu": tuple(s * x * (1 + erf(s * x / 2**0.5)) / 2 for s in (1, -1)),
+        "elu": (x, exp(-x) - 1),
+    }
+    for name, values in expected.items():
+        actual = ACTIVATIONS[name](jnp.array([x, -x]))
+        np.testing.assert_allclose(actual, values, rtol=1e-5, err_msg=name)
