@@ -1,5 +1,7 @@
 """Energies small enough to know everything about."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 BATCH, DIM = 5, 3
 
 
-def problem(dtype=np.float32):
+def problem(dtype: Any = np.float32):
     """Parameters, context and a candidate for `mixed`."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)

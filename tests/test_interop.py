@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -269,7 +270,7 @@ def test_an_unknown_flag_is_refused_by_name():
 def test_npz_and_safetensors_hold_the_same(tmp_path):
     config = config_of()
     params = random_params(config)
-    state = interop.to_reference(params, config)
+    state: dict[str, Any] = interop.to_reference(params, config)
     np.savez(tmp_path / "model.npz", **state)
     save_file(state, tmp_path / "model.safetensors")
     for name in ("model.npz", "model.safetensors"):

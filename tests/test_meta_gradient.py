@@ -9,9 +9,9 @@ import pytest
 from energies import BATCH, DIM, gradient_at, mixed, problem
 from jax.test_util import check_grads
 
-from ebt_jax import models
 from ebt_jax.meta_gradient import energy_and_gradient
 from ebt_jax.models.config import ModelConfig
+from ebt_jax.models.text import energy_model
 from ebt_jax.refine import RefineConfig, refine
 
 STEPS, JITTER = 4, 1.5
@@ -199,7 +199,9 @@ def test_the_rule_works_under_vmap():
 
 
 def test_low_precision_energies_are_summed_in_float32():
-    half = lambda params, context, c, landscape: c.sum(-1).astype(jnp.bfloat16)
+    def half(params, context, candidate, landscape):
+        return candidate.sum(axis=-1).astype(jnp.bfloat16)
+
     function = energy_and_gradient(half)
     energy, gradient = function(None, None, jnp.ones((2, 3)), jnp.int32(0), None)
     assert energy.dtype == gradient.dtype == jnp.float32
@@ -215,7 +217,7 @@ def test_low_precision_energies_are_summed_in_float32():
 )
 def test_the_rule_equals_autodiff_on_the_causal_model(conditioning, candidate_input):
     """In float64, by parameters, step size and the initial candidate."""
-    model = models.build(
+    model = energy_model(
         ModelConfig(
             num_layers=2,
             num_heads=2,

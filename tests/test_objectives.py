@@ -25,6 +25,7 @@ from ebt_jax.refine import Schedule
 
 BATCH, SEQ, VOCAB = 4, 3, 5
 KEY = jax.random.key(0)
+QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
 SETUP = RefineSetup(num_steps=3, num_landscapes=2, step_size=2.0)
 WEIGHTS = np.ones((BATCH, SEQ), np.float32)
 WEIGHTS[1, 1:] = 0
@@ -79,7 +80,8 @@ def value_and_grad(objective, batch, draws=None, params=None):
     """`((loss, metrics), gradients)`, from the same parameters and candidate."""
     params = objective.init(KEY) if params is None else params
     draws = Draws(candidate=start_of()) if draws is None else draws
-    function = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
+    function = jax.value_and_grad(objective.loss, has_aux=True)
+    function = jax.jit(function, compiler_options=QUICK)
     return function(params, batch, KEY, draws)
 
 
@@ -160,14 +162,14 @@ def test_a_single_step_is_not_smoothed():
 
 def test_a_drawn_number_of_steps_gives_the_loss_of_that_many():
     """Mean, smoothing, metrics and contrastive term count the steps that are taken."""
-    options = {"label_smoothing": 0.4, "contrastive_weight": 0.3}
+    config = ObjectiveConfig(label_smoothing=0.4, contrastive_weight=0.3)
     batch, landscape = make_batch(), jnp.array([0, 1, 1])
     schedule = Schedule(landscape, jnp.int32(2))
     drawn = value_and_grad(
-        objective_of(**options), batch, Draws(start_of(), schedule=schedule)
+        refined(TOY, SETUP, config), batch, Draws(start_of(), schedule=schedule)
     )
     setup = dataclasses.replace(SETUP, num_steps=2)
-    fixed = value_and_grad(objective_of(setup, **options), batch)
+    fixed = value_and_grad(refined(TOY, setup, config), batch)
     for a, b in zip(jax.tree.leaves(drawn), jax.tree.leaves(fixed), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -359,7 +361,7 @@ def test_evaluation_does_not_depend_on_the_batch(model):
     """Neither on its size nor on its order: draws belong to `index`."""
     objective, batch = refined(model, EVALUATED, ObjectiveConfig()), make_batch()
     params = objective.init(KEY)
-    evaluate = jax.jit(objective.evaluate, static_argnums=3)
+    evaluate = jax.jit(objective.evaluate, static_argnums=3, compiler_options=QUICK)
     whole = evaluate(params, batch, KEY, 0)
     for chosen in ([3, 1, 0, 2], [2], [0]):
         part = evaluate(params, rows(batch, chosen), KEY, 0)

@@ -1,5 +1,7 @@
 """`refine`: closed forms, and every option against hand arithmetic."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def bowl_problem(rng):
     return matrix, rng.standard_normal((1, DIM)), rng.standard_normal((BATCH, DIM))
 
 
-def run(config, energy=mixed, candidate=None, step_size=STEP_SIZE, **options):
+def run(config, energy=mixed, candidate=None, step_size: Any = STEP_SIZE, **options):
     params, context, start = problem()
     start = start if candidate is None else candidate
     return refine(
@@ -203,7 +205,9 @@ def test_step_sizes_may_differ_between_predictions():
 
 
 def test_step_sizes_broadcast_from_the_right_over_the_batch():
-    energy = lambda params, context, c, landscape: 0.5 * (c**2).sum(-1)  # [2, 3]
+    def energy(params, context, candidate, landscape):
+        return 0.5 * (candidate**2).sum(-1)  # [2, 3]
+
     sizes = jnp.array([0.1, 0.2, 0.3])
     result = refine(
         energy,

@@ -10,8 +10,11 @@ import pytest
 from ebt_jax.objectives import ObjectiveConfig, RefineSetup
 from ebt_jax.refine import RefineConfig, refine, refine_until
 
-ENERGY = lambda params, context, c, landscape: c.sum(axis=-1)
 START = jnp.ones((2, 3))
+
+
+def slope(params, context, candidate, landscape):
+    return candidate.sum(axis=-1)
 
 
 def starts(message):
@@ -111,13 +114,13 @@ def test_objective_config_refuses(fields, message):
 
 BAD_ENERGIES = [
     (
-        ENERGY,
+        slope,
         jnp.ones((2, 3), jnp.int32),
         TypeError,
         "candidate has dtype int32, but refinement needs gradients; pass "
         "floating-point arrays",
     ),
-    (ENERGY, {}, ValueError, "candidate is an empty pytree; it needs at least one"),
+    (slope, {}, ValueError, "candidate is an empty pytree; it needs at least one"),
     (
         lambda params, context, c, landscape: (c.sum(), c),
         START,
@@ -190,19 +193,27 @@ def test_both_loops_refuse_energies_that_are_none(energy, start, kind, message):
 def test_refine_refuses_to_draw_without_fitting_keys(fields, options, message):
     config = RefineConfig(**fields)
     with pytest.raises(ValueError, match=starts(message)):
-        refine(ENERGY, None, None, START, step_size=0.1, config=config, **options)
+        refine(slope, None, None, START, step_size=0.1, config=config, **options)
 
 
 def test_what_is_given_needs_no_key():
     config = RefineConfig(step_size_jitter=2.0, noise_std=1.0)
-    given = {"noise": jnp.zeros((2, 2, 3)), "jitter": jnp.zeros(2)}
-    refine(ENERGY, None, None, START, step_size=0.1, config=config, **given)
+    refine(
+        slope,
+        None,
+        None,
+        START,
+        step_size=0.1,
+        config=config,
+        noise=jnp.zeros((2, 2, 3)),
+        jitter=jnp.zeros(2),
+    )
 
 
 def test_raw_keys_are_taken_as_typed_ones():
     config = RefineConfig(step_size_jitter=2.0, noise_std=1.0)
     raw, typed = (
-        refine(ENERGY, None, None, START, step_size=0.1, config=config, key=key)
+        refine(slope, None, None, START, step_size=0.1, config=config, key=key)
         for key in (jax.random.PRNGKey(3), jax.random.key(3))
     )
     np.testing.assert_array_equal(raw.candidate, typed.candidate)

@@ -68,7 +68,11 @@ def test_an_energy_that_always_falls_takes_the_fixed_steps_of_refine():
     params, context, start = problem()
     config = RefineConfig(num_steps=6, num_landscapes=2, absolute_clamp=1.0)
     options = {"step_size": 0.01, "transform": optax.trace(0.5)}
-    slope = lambda p, x, c, i: mixed(p, x, c, i) + 5 * jnp.sum(c, axis=-1)
+
+    def slope(params, context, candidate, landscape):
+        energy = mixed(params, context, candidate, landscape)
+        return energy + 5 * jnp.sum(candidate, axis=-1)
+
     expected = refine(slope, params, context, start, config=config, **options)
     result = refine_until(
         slope, params, context, start, config=config, max_steps=6, **options
@@ -91,7 +95,10 @@ def test_an_energy_that_rises_keeps_the_candidate_before_it():
 
 def test_landscapes_are_all_visited_before_energies_are_compared():
     """Each landscape lies higher than the one before it."""
-    energy = lambda params, context, c, i: 0.5 * jnp.sum(c**2, -1) + 10.0 * i
+
+    def energy(params, context, candidate, landscape):
+        return 0.5 * jnp.sum(candidate**2, axis=-1) + 10.0 * landscape
+
     result = refine_until(
         energy,
         None,

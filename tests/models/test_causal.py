@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ebt_jax import models
 from ebt_jax.models.blocks import Block, Norm
 from ebt_jax.models.config import ModelConfig
+from ebt_jax.models.text import energy_model
 
 BATCH, SEQ, VOCAB, DIM, LANDSCAPES = 2, 5, 11, 8, 2
 LANDSCAPE = 1
@@ -66,7 +66,7 @@ def make_candidate(seed=1):
 
 def program_of(config):
     """`(params, batch, candidate) -> (energies, inner gradients)`, compiled."""
-    model = models.build(config)
+    model = energy_model(config)
 
     @jax.jit
     def program(params, batch, candidate):
@@ -81,10 +81,10 @@ def program_of(config):
     return program
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+@pytest.fixture(scope="module", params=CASES.values(), ids=list(CASES))
 def case(request):
     config = tiny(**request.param)
-    params = lively(jax.jit(models.build(config).init)(jax.random.key(0)))
+    params = lively(jax.jit(energy_model(config).init)(jax.random.key(0)))
     return config, params, program_of(config)
 
 
@@ -105,14 +105,14 @@ def one_at_a_time(config, params, tokens, candidate):
     ends = candidate @ table
     if config.candidate_input == "anchored":
         ends = ends + embedded
-    step = None
-    if config.conditioning != "default":
-        step = params["step_embed"]["embedding"][LANDSCAPE]
-    condition = step if "adaln" in config.conditioning else None
+    condition = None
+    if "adaln" in config.conditioning:
+        condition = params["step_embed"]["embedding"][LANDSCAPE]
     energies = []
     for j in range(tokens.shape[1]):
         parts = [embedded[:, : j + 1], ends[:, j : j + 1]]
         if config.conditioning == "time_embed":
+            step = params["step_embed"]["embedding"][LANDSCAPE]
             parts.insert(0, jnp.tile(step, (len(tokens), 1, 1)))
         x = jnp.concatenate(parts, axis=1)
         mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
@@ -121,7 +121,7 @@ def one_at_a_time(config, params, tokens, candidate):
             inputs = x, jnp.arange(x.shape[1]), mask, condition
             x, _ = Block(config).apply(layer, *inputs, method="context")
         norm = Norm(config.norm, config.dyt_alpha)
-        x = norm.apply({"params": params["final_norm"]}, x)[:, -1]
+        x = jnp.asarray(norm.apply({"params": params["final_norm"]}, x))[:, -1]
         if condition is not None:
             final = params["final_modulation"]
             parts = jax.nn.silu(condition) @ final["kernel"] + final["bias"]

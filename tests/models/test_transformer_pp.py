@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ebt_jax import models
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.models.text import cross_entropy
+from ebt_jax.models.text import cross_entropy, transformer_pp
 
 VOCAB, BATCH, SEQ = 11, 2, 5
 
@@ -30,7 +29,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def baseline():
-    model = models.build(tiny())
+    model = transformer_pp(tiny())
     return jax.jit(model.init)(jax.random.key(0)), jax.jit(model.predict)
 
 
@@ -69,7 +68,7 @@ def test_packed_documents_are_scored_as_each_alone(baseline):
 def test_bfloat16_stays_near_with_float32_logits(baseline):
     params, predict = baseline
     exact = predict(params, {"tokens": tokens()})
-    half = models.build(tiny(dtype="bfloat16")).predict(params, {"tokens": tokens()})
+    half = transformer_pp(tiny(dtype="bfloat16")).predict(params, {"tokens": tokens()})
     assert half.dtype == jnp.float32
     scale = np.abs(exact).max()
     assert 0 < np.abs(half - exact).max() < 0.05 * scale
