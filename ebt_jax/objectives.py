@@ -11,6 +11,7 @@ that names each sequence. What else there is, the model knows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,6 +87,24 @@ class ObjectiveConfig:
             )
 
 
+class Decoder(NamedTuple):
+    """How sequences are continued without encoding them anew for each token.
+
+    Attributes:
+      prefill: `(params, tokens, lengths) -> cache`; tokens `[batch, capacity]`, with
+        anything behind the end of a sequence, lengths `[batch]`, at least 1.
+      predict: `(params, cache, index, key, num_steps) -> candidate` `[batch, ...]` for
+        what follows each sequence; for text logits `[batch, vocab]`. The same as
+        `Objective.predict` gives at the last position of a sequence named `index`.
+      append: `(params, cache, tokens) -> cache`, one token `[batch]` more. A sequence
+        must not outgrow the capacity.
+    """
+
+    prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
+    predict: Callable[[PyTree, PyTree, jax.Array, jax.Array, int], PyTree]
+    append: Callable[[PyTree, PyTree, jax.Array], PyTree]
+
+
 class Objective(NamedTuple):
     """What the rest of the system knows of a model.
 
@@ -100,12 +119,32 @@ class Objective(NamedTuple):
         number. A draw depends on (key, `batch["index"]`, position) alone.
       predict: `(params, batch, key, num_steps) -> candidate` after the last step; for
         text logits `[batch, seq, vocab]`. Draws as in `evaluate`.
+      decoder: continues sequences; None where the model has no `caching`.
     """
 
     init: Callable[[jax.Array], PyTree]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     evaluate: Callable[[PyTree, Batch, jax.Array, int], dict[str, jax.Array]]
     predict: Callable[[PyTree, Batch, jax.Array, int], PyTree]
+    decoder: Decoder | None = None
+
+
+class Caching(NamedTuple):
+    """Sequences that are encoded once and grow by a token at a time.
+
+    Attributes:
+      prefill: as in `Decoder`.
+      append: as in `Decoder`.
+      following: `(params, cache) ->` what follows each sequence, `[batch, 1, ...]`: of
+        an energy model the context of a candidate for it, of a feed-forward model its
+        prediction.
+      length: `(cache) -> [batch]`, tokens of each sequence.
+    """
+
+    prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
+    append: Callable[[PyTree, PyTree, jax.Array], PyTree]
+    following: Callable[[PyTree, PyTree], PyTree]
+    length: Callable[[PyTree], jax.Array]
 
 
 class Draws(NamedTuple):
@@ -136,6 +175,7 @@ class EnergyModel(NamedTuple):
       normalize: stored candidate -> energy space.
       loss: `(candidate, batch, smoothing) -> [*batch]`, of a stored candidate.
       target: `(batch) -> candidate`, the right answer in energy space.
+      caching: continues sequences; None where predictions are not one after another.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -145,6 +185,7 @@ class EnergyModel(NamedTuple):
     normalize: Callable[[PyTree], PyTree]
     loss: Callable[..., jax.Array]
     target: Callable[[Batch], PyTree]
+    caching: Caching | None = None
 
 
 class FeedForward(NamedTuple):
@@ -154,11 +195,13 @@ class FeedForward(NamedTuple):
       init: `(key) -> params`.
       predict: `(params, batch) -> candidate`; for text logits `[batch, seq, vocab]`.
       loss: `(candidate, batch, smoothing) -> [*batch]`.
+      caching: continues sequences; None where predictions are not one after another.
     """
 
     init: Callable[[jax.Array], PyTree]
     predict: Callable[[PyTree, Batch], PyTree]
     loss: Callable[..., jax.Array]
+    caching: Caching | None = None
 
 
 def refined(
@@ -260,7 +303,8 @@ def refined(
             total = total + config.contrastive_weight * metrics["contrastive"]
         return total, {"loss": total, **metrics}
 
-    def think(params, batch, key, num_steps, observe):
+    def think(params, context, batch, positions, key, num_steps, observe):
+        """Refines as in evaluation: nothing depends on how a batch is laid out."""
         config = dataclasses.replace(
             setup,
             num_steps=num_steps or make_schedule(setup).length,
@@ -269,10 +313,8 @@ def refined(
             step_size_jitter=1.0,
             backprop="per_step",
         )
-        length = batch["weights"].shape[1]
-        keys = prediction_keys(key, batch["index"], length)
-        context = model.encode_context(params, batch)
-        result = refine(
+        keys = prediction_keys(key, batch["index"], positions)
+        return refine(
             model.energy,
             params,
             context,
@@ -283,7 +325,13 @@ def refined(
             observe=observe,
             **sizes(params),
         )
-        return context, result
+
+    def think_batch(params, batch, key, num_steps, observe):
+        context = model.encode_context(params, batch)
+        positions = jnp.arange(batch["weights"].shape[1])
+        return context, think(
+            params, context, batch, positions, key, num_steps, observe
+        )
 
     def evaluate(
         params: PyTree, batch: Batch, key: jax.Array, num_steps: int
@@ -291,7 +339,7 @@ def refined(
         def observe(step: Step) -> dict[str, jax.Array]:
             return {**energy_and_norm(step), "nll": model.loss(step.after, batch)}
 
-        context, result = think(params, batch, key, num_steps, observe)
+        context, result = think_batch(params, batch, key, num_steps, observe)
         final = model.energy(
             params,
             context,
@@ -302,9 +350,25 @@ def refined(
         return {**result.trajectory, "energy": energy}
 
     def predict(params: PyTree, batch: Batch, key: jax.Array, num_steps: int) -> PyTree:
-        return think(params, batch, key, num_steps, lambda step: None)[1].candidate
+        _, result = think_batch(params, batch, key, num_steps, _nothing)
+        return result.candidate
 
-    return Objective(init, loss, evaluate, predict)
+    def predict_next(
+        caching: Caching,
+        params: PyTree,
+        cache: PyTree,
+        index: jax.Array,
+        key: jax.Array,
+        num_steps: int,
+    ) -> PyTree:
+        context = caching.following(params, cache)
+        last = caching.length(cache)[:, None] - 1
+        batch = {"index": index, "tokens": last}
+        result = think(params, context, batch, last, key, num_steps, _nothing)
+        return jax.tree.map(lambda z: z[:, 0], result.candidate)
+
+    decoder = _decoder(model.caching, predict_next)
+    return Objective(init, loss, evaluate, predict, decoder)
 
 
 def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
@@ -327,7 +391,32 @@ def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
         del key, num_steps
         return model.predict(params, batch)
 
-    return Objective(model.init, loss, evaluate, predict)
+    def predict_next(
+        caching: Caching,
+        params: PyTree,
+        cache: PyTree,
+        index: jax.Array,
+        key: jax.Array,
+        num_steps: int,
+    ) -> PyTree:
+        del index, key, num_steps
+        return jax.tree.map(lambda y: y[:, 0], caching.following(params, cache))
+
+    decoder = _decoder(model.caching, predict_next)
+    return Objective(model.init, loss, evaluate, predict, decoder)
+
+
+def _decoder(
+    caching: Caching | None, predict_next: Callable[..., PyTree]
+) -> Decoder | None:
+    if caching is None:
+        return None
+    predict = functools.partial(predict_next, caching)
+    return Decoder(caching.prefill, predict, caching.append)
+
+
+def _nothing(step: Step) -> None:
+    """Observes nothing."""
 
 
 def _falling(start: float, index: jax.Array, length: int | jax.Array) -> Any:

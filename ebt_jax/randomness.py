@@ -15,21 +15,23 @@ import jax.numpy as jnp
 PyTree = Any
 
 
-def prediction_keys(key: jax.Array, sequence: jax.Array, length: int) -> jax.Array:
+def prediction_keys(
+    key: jax.Array, sequence: jax.Array, position: jax.Array
+) -> jax.Array:
     """Keys that depend on (seed, sequence, position) and not on the batch's layout.
 
     Args:
       key: scalar key, the seed.
       sequence: integers `[batch]` naming each sequence.
-      length: how many positions.
+      position: integers `[seq]` or `[batch, seq]`, places in a sequence.
 
     Returns:
-      Keys `[batch, length]`.
+      Keys `[batch, seq]`.
     """
-    position = jnp.arange(length)
-    fold = jax.random.fold_in
-    per_sequence = jax.vmap(lambda s: fold(key, s))(sequence)
-    return jax.vmap(lambda k: jax.vmap(lambda p: fold(k, p))(position))(per_sequence)
+    position = jnp.broadcast_to(position, (*sequence.shape, position.shape[-1]))
+    fold_each = jax.vmap(jax.random.fold_in)
+    rows = fold_each(jnp.broadcast_to(key, sequence.shape), sequence)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(rows, position)
 
 
 def typed(key: jax.Array) -> jax.Array:

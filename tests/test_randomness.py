@@ -15,21 +15,25 @@ def data(key):
 
 
 def test_prediction_keys_are_all_different():
-    keys = data(randomness.prediction_keys(KEY, jnp.arange(4), 6)).reshape(24, -1)
+    keys = data(randomness.prediction_keys(KEY, jnp.arange(4), jnp.arange(6))).reshape(
+        24, -1
+    )
     assert len({tuple(key) for key in keys}) == 24
 
 
 def test_prediction_keys_depend_on_sequence_and_position_alone():
-    whole = data(randomness.prediction_keys(KEY, jnp.array([3, 9, 5]), 6))
-    part = data(randomness.prediction_keys(KEY, jnp.array([5, 3]), 4))
+    whole = data(randomness.prediction_keys(KEY, jnp.array([3, 9, 5]), jnp.arange(6)))
+    part = data(randomness.prediction_keys(KEY, jnp.array([5, 3]), jnp.arange(4)))
     np.testing.assert_array_equal(part, whole[[2, 0], :4])
-    other = data(randomness.prediction_keys(jax.random.key(8), jnp.array([3]), 6))
+    other = data(
+        randomness.prediction_keys(jax.random.key(8), jnp.array([3]), jnp.arange(6))
+    )
     assert (other != whole[:1]).any(axis=-1).all()
 
 
 @pytest.mark.parametrize("draw", [randomness.normal, randomness.uniform])
 def test_draws_by_a_key_per_prediction_do_not_depend_on_the_layout(draw):
-    keys = randomness.prediction_keys(KEY, jnp.arange(3), 4)
+    keys = randomness.prediction_keys(KEY, jnp.arange(3), jnp.arange(4))
     whole = draw(keys, (3, 4, 5), jnp.float32)
     assert whole.shape == (3, 4, 5) and whole.dtype == jnp.float32
     part = draw(keys[1:, 2:], (2, 2, 5), jnp.float32)

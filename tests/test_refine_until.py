@@ -149,7 +149,9 @@ def test_jit_and_vmap_change_nothing():
 
 def test_noise_belongs_to_the_prediction():
     params, context, start = problem()
-    keys = prediction_keys(jax.random.key(0), jnp.arange(len(start)), 1)[:, 0]
+    keys = prediction_keys(jax.random.key(0), jnp.arange(len(start)), jnp.arange(1))[
+        :, 0
+    ]
 
     def solve(rows):
         return refine_until(

@@ -209,7 +209,7 @@ def test_jitter_draws_each_step_size_between_a_over_s_and_a_times_s():
 def test_with_a_key_per_prediction_no_draw_depends_on_the_batch():
     config = RefineConfig(num_steps=3, noise_std=0.5, step_size_jitter=2.0, min_steps=1)
     params, context, start = problem()
-    keys = prediction_keys(jax.random.key(0), jnp.arange(BATCH), 1)[:, 0]
+    keys = prediction_keys(jax.random.key(0), jnp.arange(BATCH), jnp.arange(1))[:, 0]
 
     def of(rows):
         part = {name: array[rows] for name, array in context.items()}

@@ -1,23 +1,22 @@
 """Text from a trained objective, one token after the other.
 
-The whole prefix is recomputed for every token. Prompts of any lengths share one buffer
-of constant shape, so there is one compilation, and what one prompt becomes does not
-depend on the others: the draws of a prompt are a function of (seed, its index,
-position).
+Prompts of any lengths are encoded once, into a cache of constant shape; each new token
+costs one predicted position and one encoded token. What one prompt becomes does not
+depend on the others: its draws are a function of (seed, its index, position).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ebt_jax.errors import UserError
-from ebt_jax.objectives import Objective
+from ebt_jax.objectives import Decoder, Objective
 from ebt_jax.refine import PyTree
 
 
@@ -70,8 +69,8 @@ def generate(
 ) -> list[str]:
     """Continues texts.
 
-    When the context is full the window slides: the oldest token is forgotten, and the
-    positions of all others move down by one.
+    When the context is full, its older half is forgotten and the rest is encoded anew,
+    at positions that start from 0 again.
 
     Args:
       objective: predicts logits `[batch, seq, vocab]`.
@@ -140,7 +139,7 @@ def generate_ids(
       objective: predicts logits `[batch, seq, vocab]`.
       params: its parameters.
       prompts: token ids, `[tokens]` each.
-      context: tokens that the model sees; slides as in `generate`.
+      context: tokens that the model sees; when it is full, as in `generate`.
       new_tokens: how many tokens to add, at most.
       sampling: how tokens are chosen.
       seed: of initial candidates, noise and sampling.
@@ -159,79 +158,97 @@ def generate_ids(
     _check(prompts, context, new_tokens, sampling)
     if not prompts:
         return []
-    tokens = np.zeros((len(prompts), context), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    windows = [list(prompt) for prompt in prompts]
     names = np.arange(len(prompts)) if indices is None else np.asarray(indices)
-    state = _State(tokens, lengths, np.zeros(len(prompts), bool))
+    names = names.astype(np.int32)
     key = jax.random.key(seed)
+    stopped = np.zeros(len(prompts), bool)
     columns = []
-    for _ in range(new_tokens):
-        # The few integers live on the host: wherever params are, one compilation.
-        state, column = jax.device_get(
+    cache = _prefill(params, windows, context, objective)
+    for made in range(new_tokens):
+        total = np.array([len(prompt) + made for prompt in prompts], np.int32)
+        chosen = np.asarray(
             _next_token(
                 params,
-                state,
-                names.astype(np.int32),
+                cache,
+                names,
+                total,
                 key,
                 objective,
                 num_steps,
                 sampling,
-                stop_id,
                 vocab_size,
             )
         )
-        columns.append(column)
-        if state.stopped.all():
+        if stop_id is not None:
+            stopped |= chosen == stop_id
+        columns.append(np.where(stopped, -1, chosen))
+        if stopped.all() or made == new_tokens - 1:
             break
+        full = any(len(window) == context for window in windows)
+        for window, token in zip(windows, chosen, strict=True):
+            if len(window) == context:
+                del window[: (context + 1) // 2]
+            window.append(int(token))
+        if full:
+            cache = _prefill(params, windows, context, objective)
+        else:
+            cache = _append(params, cache, chosen, objective)
     added = np.stack(columns, axis=1)
     return [row[row >= 0] for row in added]
 
 
-class _State(NamedTuple):
-    tokens: Any  # int32 [batch, context], the window; zeros behind its tokens
-    lengths: Any  # int32 [batch], tokens so far, also those that left the window
-    stopped: Any  # bool [batch]
+def _prefill(
+    params: PyTree, windows: list[list[int]], context: int, objective: Objective
+) -> PyTree:
+    tokens = np.zeros((len(windows), context), np.int32)
+    for row, window in zip(tokens, windows, strict=True):
+        row[: len(window)] = window
+    lengths = np.array([len(window) for window in windows], np.int32)
+    return _encode(params, tokens, lengths, objective)
+
+
+def _decoder(objective: Objective) -> Decoder:
+    if objective.decoder is None:
+        raise ValueError("the objective has no decoder; its model cannot generate")
+    return objective.decoder
+
+
+@functools.partial(jax.jit, static_argnames="objective")
+def _encode(
+    params: PyTree, tokens: jax.Array, lengths: jax.Array, objective: Objective
+) -> PyTree:
+    return _decoder(objective).prefill(params, tokens, lengths)
+
+
+@functools.partial(jax.jit, static_argnames="objective", donate_argnames="cache")
+def _append(
+    params: PyTree, cache: PyTree, tokens: jax.Array, objective: Objective
+) -> PyTree:
+    return _decoder(objective).append(params, cache, tokens)
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("objective", "num_steps", "sampling", "stop_id", "vocab_size"),
+    jax.jit, static_argnames=("objective", "num_steps", "sampling", "vocab_size")
 )
 def _next_token(
     params: PyTree,
-    state: _State,
+    cache: PyTree,
     index: jax.Array,
+    total: jax.Array,
     key: jax.Array,
     objective: Objective,
     num_steps: int,
     sampling: Sampling,
-    stop_id: int | None,
     vocab_size: int | None,
-) -> tuple[_State, jax.Array]:
-    """One token more for every sequence; -1 for those that have stopped, `[batch]`."""
-    tokens, lengths, stopped = state
-    context = tokens.shape[1]
-    rows = jnp.arange(tokens.shape[0])
-    batch = {
-        "tokens": tokens,
-        "targets": jnp.zeros_like(tokens),
-        "weights": jnp.ones(tokens.shape, jnp.float32),
-        "index": index,
-    }
+) -> jax.Array:
+    """The token after each sequence, which has `total` tokens so far; `[batch]`."""
     predict_key, sample_key = jax.random.split(key)
-    logits = objective.predict(params, batch, predict_key, num_steps)
-    logits = logits[rows, jnp.minimum(lengths, context) - 1, :vocab_size]
+    predict = _decoder(objective).predict
+    logits = predict(params, cache, index, predict_key, num_steps)
     fold = jax.vmap(jax.random.fold_in)
-    keys = fold(fold(jnp.broadcast_to(sample_key, rows.shape), index), lengths)
-    chosen = choose(logits, keys, sampling)
-    if stop_id is not None:
-        stopped |= chosen == stop_id
-    full = lengths >= context
-    tokens = jnp.where(full[:, None], jnp.roll(tokens, -1, axis=1), tokens)
-    tokens = tokens.at[rows, jnp.minimum(lengths, context - 1)].set(chosen)
-    return _State(tokens, lengths + 1, stopped), jnp.where(stopped, -1, chosen)
+    keys = fold(fold(jnp.broadcast_to(sample_key, index.shape), index), total)
+    return choose(logits[:, :vocab_size], keys, sampling)
 
 
 def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:

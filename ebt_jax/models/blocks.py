@@ -151,60 +151,38 @@ class Block(nn.Module):
         if c.conditioning in ("adaln", "adaln_zero"):
             self.modulation = modulation(c, 6)
 
-    def context(
+    def __call__(
         self,
         x: jax.Array,
         positions: jax.Array,
         mask: jax.Array,
         condition: jax.Array | None,
+        past: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The context stream.
+        """Either stream.
 
         Args:
           x: `[batch, seq, dim]`.
-          positions: `[seq]` or `[batch, seq]`.
-          mask: bool, broadcastable to `[batch, heads, seq, seq]`.
+          positions: rotary positions, `[seq]` or `[batch, seq]`.
+          mask: bool, broadcastable to `[batch, heads, seq, keys]`; True where visible.
           condition: `[dim]` or None.
+          past: keys and values `[batch, keys, heads, head_dim]` of the context, of
+            which each position of x sees what the mask shows, and itself besides. None
+            where x is the context and its positions see each other.
 
         Returns:
-          `[batch, seq, dim]`, and keys and values `[batch, seq, heads, head_dim]`.
-        """
-        before, after = self._modulate(condition)
-        h = before[0](self.attention_norm(x))
-        keys = rotate(self._heads(self.key(h)), positions)
-        values = self._heads(self.value(h))
-        query = rotate(self._heads(self.query(h)), positions)
-        x = x + after[0](self.out(_merge(attend(query, keys, values, mask))))
-        x = x + after[1](self._mlp(before[1](self.mlp_norm(x))))
-        return x, (keys, values)
-
-    def candidate(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
-        condition: jax.Array | None,
-        past: tuple[jax.Array, jax.Array],
-    ) -> jax.Array:
-        """The candidate stream.
-
-        Args:
-          x: `[batch, seq, dim]`.
-          positions: `[seq]` or `[batch, seq]`.
-          mask: bool, broadcastable to `[batch, heads, seq, keys]`: what each candidate
-            sees of the context.
-          condition: `[dim]` or None.
-          past: the context's keys and values `[batch, keys, heads, head_dim]`.
-
-        Returns:
-          `[batch, seq, dim]`.
+          `[batch, seq, dim]`, and its keys and values `[batch, seq, heads, head_dim]`.
         """
         before, after = self._modulate(condition)
         h = before[0](self.attention_norm(x))
         query = rotate(self._heads(self.query(h)), positions)
         own = rotate(self._heads(self.key(h)), positions), self._heads(self.value(h))
-        x = x + after[0](self.out(_merge(attend(query, *past, mask, own))))
-        return x + after[1](self._mlp(before[1](self.mlp_norm(x))))
+        if past is None:
+            attended = attend(query, *own, mask)
+        else:
+            attended = attend(query, *past, mask, own)
+        x = x + after[0](self.out(_merge(attended)))
+        return x + after[1](self._mlp(before[1](self.mlp_norm(x)))), own
 
     def _mlp(self, h: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]

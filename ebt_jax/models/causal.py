@@ -38,6 +38,8 @@ class Context(NamedTuple):
       keys: `[layers, batch, keys, heads, head_dim]`, after a leading `[landscapes]`
         where the context depends on the landscape; keys counts the step token.
       values: like keys.
+      rows: index of the token that each candidate continues, the last one it sees;
+        `[seq]` or `[batch, seq]`.
       positions: rotary position of each candidate, `[seq]` or `[batch, seq]`.
       segments: int32 `[batch, seq]` of packed sequences, or None.
       anchor: embeddings of the tokens that candidates continue, `[batch, seq, dim]`, or
@@ -46,6 +48,7 @@ class Context(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+    rows: jax.Array
     positions: jax.Array
     segments: jax.Array | None
     anchor: jax.Array | None
@@ -61,9 +64,7 @@ def init(config: ModelConfig, key: jax.Array) -> PyTree:
     condition = vector if energy and conditioned else None
 
     def block(key: jax.Array) -> PyTree:
-        return _init(
-            Block(config), key, x, positions, mask, condition, method="context"
-        )
+        return _init(Block(config), key, x, positions, mask, condition)
 
     params = {
         "embed": _init(
@@ -94,15 +95,15 @@ def encode_context(config: ModelConfig, params: PyTree, batch: Batch) -> Context
     keep packed documents apart.
     """
     x = _embed(config, params, batch["tokens"])
-    positions, segments = _layout(batch)
-    anchor = x if config.candidate_input == "anchored" else None
+    rows, positions, segments = _layout(batch)
     stream = functools.partial(_context_stream, config, params, x, positions, segments)
-    if config.conditioning == "default":
-        _, (keys, values) = stream(None)
-    else:
+    if _per_landscape(config):
         _, (keys, values) = jax.vmap(stream)(params["step_embed"]["embedding"])
-    ahead = 2 if config.conditioning == "time_embed" else 1
-    return Context(keys, values, positions + ahead, segments, anchor)
+    else:
+        _, (keys, values) = stream(None)
+    ahead = positions + _step_tokens(config) + 1
+    anchor = x if config.candidate_input == "anchored" else None
+    return Context(keys, values, rows, ahead, segments, anchor)
 
 
 def energy(
@@ -125,23 +126,8 @@ def energy(
         past = jax.tree.map(lambda a: a[landscape], past)
     if config.conditioning in ("adaln", "adaln_zero"):
         condition = params["step_embed"]["embedding"][landscape]
-    seq, keys = x.shape[1], past[0].shape[2]
-    mask = _causal_mask(seq, keys, context.segments)
-
-    def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
-        weights, past = inputs
-        out: Any = Block(config).apply(
-            {"params": weights},
-            x,
-            context.positions,
-            mask,
-            condition,
-            past,
-            method="candidate",
-        )
-        return out, None
-
-    x, _ = jax.lax.scan(_remat(config, layer), x, (params["blocks"], past))
+    mask = _visible(config, context.rows, past[0].shape[2], context.segments)
+    x, _ = _blocks(config, params, x, context.positions, mask, condition, past)
     x = _apply(_final_norm(config), params, "final_norm", x)
     if condition is not None:
         parts = _apply(
@@ -156,11 +142,91 @@ def energy(
 def logits(config: ModelConfig, params: PyTree, batch: Batch) -> jax.Array:
     """Transformer++: next-token logits `[batch, seq, vocab]`, float32."""
     x = _embed(config, params, batch["tokens"])
-    positions, segments = _layout(batch)
+    _, positions, segments = _layout(batch)
     x, _ = _context_stream(config, params, x, positions, segments, None)
-    x = _apply(_final_norm(config), params, "final_norm", x)
-    x = _apply(dense(config, config.vocab_size), params, "output", x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return _output(config, params, x)
+
+
+class Cache(NamedTuple):
+    """Encoded sequences that grow by a token at a time.
+
+    Attributes:
+      keys: as in `Context`. What lies behind the end of a sequence is never seen.
+      values: like keys.
+      lengths: int32 `[batch]`, tokens of each sequence.
+      last: the last token's embedding, or its final hidden state in Transformer++,
+        `[batch, 1, dim]`.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+    last: jax.Array
+
+
+def prefill(
+    config: ModelConfig, params: PyTree, tokens: jax.Array, lengths: jax.Array
+) -> Cache:
+    """Encodes sequences of several lengths.
+
+    Args:
+      config: the model's.
+      params: its parameters.
+      tokens: int32 `[batch, capacity]`; anything behind the end of a sequence.
+      lengths: int32 `[batch]`, at least 1 each.
+    """
+    x = _embed(config, params, tokens)
+    positions = jnp.arange(tokens.shape[1])
+    stream = functools.partial(_context_stream, config, params, x, positions, None)
+    last = x
+    if _per_landscape(config):
+        _, (keys, values) = jax.vmap(stream)(params["step_embed"]["embedding"])
+    else:
+        hidden, (keys, values) = stream(None)
+        last = hidden if config.kind == "transformer_pp" else x
+    index = (lengths - 1)[:, None, None]
+    return Cache(keys, values, lengths, jnp.take_along_axis(last, index, axis=1))
+
+
+def append(
+    config: ModelConfig, params: PyTree, cache: Cache, tokens: jax.Array
+) -> Cache:
+    """Encodes one more token, int32 `[batch]`, of each sequence."""
+    x = _embed(config, params, tokens[:, None])
+    rows = cache.lengths[:, None] - 1
+    mask = _visible(config, rows, cache.keys.shape[-3], None)
+    place = cache.lengths[:, None] + _step_tokens(config)
+
+    def stream(past: Any, step: jax.Array | None) -> Any:
+        condition = None if config.conditioning == "time_embed" else step
+        return _blocks(config, params, x, place, mask, condition, past)
+
+    past = (cache.keys, cache.values)
+    if _per_landscape(config):
+        hidden, own = jax.vmap(stream)(past, params["step_embed"]["embedding"])
+    else:
+        hidden, own = stream(past, None)
+    batch = jnp.arange(tokens.shape[0])
+    keys, values = jax.tree.map(
+        lambda old, new: old.at[..., batch, place[:, 0], :, :].set(new[..., 0, :, :]),
+        past,
+        own,
+    )
+    last = hidden if config.kind == "transformer_pp" else x
+    return Cache(keys, values, cache.lengths + 1, last)
+
+
+def next_context(config: ModelConfig, cache: Cache) -> Context:
+    """The context of one candidate for each sequence, its next token."""
+    rows = cache.lengths[:, None] - 1
+    anchor = cache.last if config.candidate_input == "anchored" else None
+    ahead = rows + _step_tokens(config) + 1
+    return Context(cache.keys, cache.values, rows, ahead, None, anchor)
+
+
+def next_logits(config: ModelConfig, params: PyTree, cache: Cache) -> jax.Array:
+    """Transformer++: logits of the next token, `[batch, 1, vocab]`."""
+    return _output(config, params, cache.last)
 
 
 def _context_stream(
@@ -172,45 +238,84 @@ def _context_stream(
     step: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """All blocks over x `[batch, seq, dim]`; `step` `[dim]` embeds the landscape."""
-    condition = None
+    condition = step
+    rows = jnp.arange(x.shape[1])
     if step is not None and config.conditioning == "time_embed":
+        condition = None
         token = jnp.broadcast_to(step.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([token, x], axis=1)
         first = jnp.zeros_like(positions[..., :1])
         positions = jnp.concatenate([first, positions + 1], axis=-1)
-        mask = _causal_mask(x.shape[1] - 1, x.shape[1], segments)
-        first_row = jnp.arange(x.shape[1]) == 0
-        first_row = jnp.broadcast_to(first_row, (*mask.shape[:-2], 1, x.shape[1]))
-        mask = jnp.concatenate([first_row, mask], axis=-2)
-    else:
-        condition = step
-        mask = _causal_mask(x.shape[1], x.shape[1], segments)
-
-    def layer(x: jax.Array, weights: PyTree) -> tuple[jax.Array, Any]:
-        return Block(config).apply(
-            {"params": weights}, x, positions, mask, condition, method="context"
-        )
-
-    return jax.lax.scan(_remat(config, layer), x, params["blocks"])
+        rows = jnp.concatenate([jnp.array([-1]), rows])  # sees itself, key 0
+    mask = _visible(config, rows, x.shape[1], segments)
+    return _blocks(config, params, x, positions, mask, condition)
 
 
-def _causal_mask(seq: int, keys: int, segments: jax.Array | None) -> jax.Array:
-    """`[..., seq, keys]`: row j sees tokens 0..j of its segment, and a step token."""
-    extra = keys - seq
-    mask = jnp.arange(keys)[None] <= jnp.arange(seq)[:, None] + extra
-    mask = mask[None, None]
-    if segments is None:
-        return mask
-    same = segments[:, :, None] == segments[:, None, :]
-    same = jnp.pad(same, ((0, 0), (0, 0), (extra, 0)), constant_values=True)
-    return mask & same[:, None]
+def _blocks(
+    config: ModelConfig,
+    params: PyTree,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    condition: jax.Array | None,
+    past: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """All blocks in a scan; see `Block`. Keys and values are stacked over layers."""
+
+    def layer(x: jax.Array, inputs: Any) -> Any:
+        weights, past = inputs
+        block = {"params": weights}
+        return Block(config).apply(block, x, positions, mask, condition, past)
+
+    return jax.lax.scan(_remat(config, layer), x, (params["blocks"], past))
 
 
-def _layout(batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-    """Rotary positions and segments; both are there for packed sequences alone."""
+def _visible(
+    config: ModelConfig, rows: jax.Array, keys: int, segments: jax.Array | None
+) -> jax.Array:
+    """Which keys each row sees: tokens 0..row of its segment, and the step token.
+
+    Args:
+      config: says whether there is a step token.
+      rows: `[seq]` or `[batch, seq]`; -1 for the step token itself.
+      keys: how many, the step token's counted.
+      segments: `[batch, seq]` of the tokens, or None.
+
+    Returns:
+      bool `[batch or 1, 1, seq, keys]`.
+    """
+    extra = _step_tokens(config)
+    mask = (
+        jnp.arange(keys).reshape(1, 1, keys) <= jnp.atleast_2d(rows)[..., None] + extra
+    )
+    if segments is not None:
+        of_keys = jnp.pad(segments, ((0, 0), (extra, 0)), constant_values=-1)
+        of_rows = of_keys[:, rows + extra]
+        same = of_rows[:, :, None] == of_keys[:, None, :]
+        mask &= same | (jnp.arange(keys).reshape(1, 1, keys) < extra)
+    return mask[:, None]
+
+
+def _step_tokens(config: ModelConfig) -> int:
+    return int(config.kind == "ebt" and config.conditioning == "time_embed")
+
+
+def _per_landscape(config: ModelConfig) -> bool:
+    return config.kind == "ebt" and config.conditioning != "default"
+
+
+def _output(config: ModelConfig, params: PyTree, x: jax.Array) -> jax.Array:
+    x = _apply(_final_norm(config), params, "final_norm", x)
+    x = _apply(dense(config, config.vocab_size), params, "output", x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _layout(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Rows, rotary positions and segments; the latter two of packed sequences."""
+    rows = jnp.arange(batch["tokens"].shape[1])
     if "segments" not in batch:
-        return jnp.arange(batch["tokens"].shape[1]), None
-    return batch["positions"], batch["segments"]
+        return rows, rows, None
+    return rows, batch["positions"], batch["segments"]
 
 
 def _remat(config: ModelConfig, layer: Callable) -> Callable:

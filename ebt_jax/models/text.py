@@ -7,14 +7,16 @@ p = softmax(z), and a prediction is scored by the cross-entropy of log_softmax(z
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from ebt_jax.models import causal
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import Batch, EnergyModel, FeedForward
+from ebt_jax.objectives import Batch, Caching, EnergyModel, FeedForward
 from ebt_jax.randomness import normal
+from ebt_jax.refine import PyTree
 
 
 def energy_model(config: ModelConfig) -> EnergyModel:
@@ -23,6 +25,10 @@ def energy_model(config: ModelConfig) -> EnergyModel:
     def initial_candidate(key: jax.Array, batch: Batch) -> jax.Array:
         shape = (*batch["tokens"].shape, config.vocab_size)
         return normal(key, shape, jnp.float32)
+
+    def next_context(params: PyTree, cache: causal.Cache) -> causal.Context:
+        del params
+        return causal.next_context(config, cache)
 
     def target(batch: Batch) -> jax.Array:
         return jax.nn.one_hot(batch["targets"], config.vocab_size)
@@ -35,6 +41,9 @@ def energy_model(config: ModelConfig) -> EnergyModel:
         normalize=jax.nn.softmax,
         loss=cross_entropy,
         target=target,
+        caching=_caching(
+            config, lambda params, cache: causal.next_context(config, cache)
+        ),
     )
 
 
@@ -44,6 +53,16 @@ def transformer_pp(config: ModelConfig) -> FeedForward:
         init=functools.partial(causal.init, config),
         predict=functools.partial(causal.logits, config),
         loss=cross_entropy,
+        caching=_caching(config, functools.partial(causal.next_logits, config)),
+    )
+
+
+def _caching(config: ModelConfig, following: Callable[..., PyTree]) -> Caching:
+    return Caching(
+        prefill=functools.partial(causal.prefill, config),
+        append=functools.partial(causal.append, config),
+        following=following,
+        length=lambda cache: cache.lengths,
     )
 
 

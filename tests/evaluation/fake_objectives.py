@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebt_jax.objectives import Objective
+from ebt_jax.objectives import Decoder, Objective
 
 VOCAB = 256
 
@@ -26,6 +26,32 @@ def cross_entropy(logits, batch):
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
+def recomputing(predict):
+    """A decoder without a cache: every token's prediction starts from the beginning."""
+
+    def predict_next(params, cache, index, key, num_steps):
+        tokens, lengths = cache
+        batch = {
+            "tokens": tokens,
+            "targets": jnp.zeros_like(tokens),
+            "weights": jnp.ones(tokens.shape),
+            "index": index,
+        }
+        logits = predict(params, batch, key, num_steps)
+        return logits[jnp.arange(len(lengths)), lengths - 1]
+
+    def append(params, cache, new):
+        tokens, lengths = cache
+        return tokens.at[jnp.arange(len(lengths)), lengths].set(new), lengths + 1
+
+    return Decoder(lambda params, *cache: cache, predict_next, append)
+
+
+def with_predict(predict):
+    """A feed-forward objective that predicts as given."""
+    return bigram()._replace(predict=predict, decoder=recomputing(predict))
+
+
 def bigram(vocab=VOCAB):
     """Feed-forward: the logits of a token are a row of a table."""
 
@@ -44,7 +70,7 @@ def bigram(vocab=VOCAB):
         nll = evaluate(params, batch, key, 0)["nll"][0]
         return (nll * batch["weights"]).sum() / batch["weights"].sum(), {}
 
-    return Objective(init, loss, evaluate, predict)
+    return Objective(init, loss, evaluate, predict, recomputing(predict))
 
 
 def thinker(trained_steps=3, vocab=VOCAB):
@@ -85,7 +111,7 @@ def thinker(trained_steps=3, vocab=VOCAB):
         nll = evaluate(params, batch, key, 0)["nll"].mean(0)
         return (nll * batch["weights"]).sum() / batch["weights"].sum(), {}
 
-    return Objective(init, loss, evaluate, predict)
+    return Objective(init, loss, evaluate, predict, recomputing(predict))
 
 
 def batches(batch_size, sequences=12, length=7, vocab=VOCAB):

@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_objectives import VOCAB, Bytes, bigram, thinker
+from fake_objectives import VOCAB, Bytes, bigram, thinker, with_predict
 
 from ebt_jax.errors import UserError
 from ebt_jax.evaluation.generation import Sampling, choose, generate, generate_ids
+from ebt_jax.models.config import ModelConfig
+from ebt_jax.objectives import RefineSetup
+from ebt_jax.training.config import Config
+from ebt_jax.training.objective import build_objective
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [np.array(p, np.int32) for p in ([5], [1, 2, 3, 4], [9, 8, 7, 6, 5, 4, 3, 2])]
@@ -19,7 +23,7 @@ def counter():
     def predict(params, batch, key, num_steps):
         return jax.nn.one_hot((batch["tokens"] + 1) % VOCAB, VOCAB)
 
-    return bigram()._replace(predict=predict)
+    return with_predict(predict)
 
 
 def test_greedy_follows_the_logits():
@@ -34,7 +38,7 @@ def test_ragged_prompts_continue_as_they_do_alone(temperature):
     objective = thinker()
     params = objective.init(jax.random.key(0))
     options = {
-        "context": 8,  # so that windows slide, at different times
+        "context": 8,  # so that contexts fill up, at different times
         "new_tokens": 6,
         "sampling": Sampling(temperature, top_k=20, top_p=0.9),
         "seed": 4,
@@ -45,19 +49,65 @@ def test_ragged_prompts_continue_as_they_do_alone(temperature):
         np.testing.assert_array_equal(together[i], alone)
 
 
-def test_the_window_slides():
+def test_a_full_context_forgets_its_older_half():
     objective = thinker()
     params = objective.init(jax.random.key(0))
     (prompt,) = PROMPTS[1:2]
     (new,) = generate_ids(
-        objective, params, [prompt], context=4, new_tokens=3, sampling=GREEDY
+        objective, params, [prompt], context=4, new_tokens=4, sampling=GREEDY
     )
-    window = np.concatenate([prompt, new])[2:6]
-    # The third new token sees exactly the four tokens before it.
-    (again,) = generate_ids(
-        objective, params, [window], context=4, new_tokens=1, sampling=GREEDY
+    text = np.concatenate([prompt, new])
+    for made, window in ((1, text[2:5]), (2, text[2:6]), (3, text[4:7])):
+        (again,) = generate_ids(
+            objective, params, [window], context=4, new_tokens=1, sampling=GREEDY
+        )
+        assert again[0] == new[made]
+
+
+def test_a_context_of_one_token_is_enough():
+    objective = bigram()
+    params = objective.init(jax.random.key(0))
+    (new,) = generate_ids(
+        objective, params, [[3]], context=1, new_tokens=3, sampling=GREEDY
     )
-    assert again[0] == new[2]
+    best = np.argmax(params["table"], axis=-1)
+    assert new.tolist() == [best[3], best[best[3]], best[best[best[3]]]]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"conditioning": "default"},
+        {"conditioning": "adaln"},
+        {"conditioning": "default", "candidate_input": "anchored"},
+        {"kind": "transformer_pp"},
+    ],
+)
+def test_cached_logits_are_those_of_the_whole_sequence(model):
+    config = Config(
+        model=ModelConfig(
+            num_layers=2, num_heads=2, dim=16, vocab_size=11, num_landscapes=2, **model
+        ),
+        refine=RefineSetup(num_landscapes=2, noise_std=0.3),
+    )
+    objective = build_objective(config)
+    params = objective.init(jax.random.key(0))
+    rows, key, num_steps = jnp.arange(3), jax.random.key(5), 3
+    tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, 11)
+    batch = {"tokens": tokens, "weights": jnp.ones((3, 9)), "index": rows + 4}
+    whole = jax.jit(objective.predict, static_argnums=3)(params, batch, key, num_steps)
+    lengths = jnp.array([3, 1, 5])
+    decoder = objective.decoder
+    predict = jax.jit(decoder.predict, static_argnums=4)
+    append = jax.jit(decoder.append)
+    cache = decoder.prefill(params, tokens, lengths)
+    for made in range(4):
+        logits = predict(params, cache, rows + 4, key, num_steps)
+        expected = whole[rows, lengths + made - 1]
+        scale = jnp.abs(expected).max()
+        np.testing.assert_allclose(logits / scale, expected / scale, atol=3e-4)
+        cache = append(params, cache, tokens[rows, lengths + made])
 
 
 def test_the_seed_decides():
@@ -86,7 +136,7 @@ def test_num_steps_reaches_the_objective():
         seen.append(num_steps)
         return jnp.zeros((*batch["tokens"].shape, VOCAB))
 
-    objective = bigram()._replace(predict=predict)
+    objective = with_predict(predict)
     generate_ids(
         objective, {}, PROMPTS, context=8, new_tokens=5, num_steps=7, sampling=GREEDY
     )
@@ -114,13 +164,13 @@ def test_a_character_may_begin_in_the_prompt_and_end_in_the_continuation():
         def encode(self, text, /):
             return np.array([first], np.int32)
 
-    objective = bigram()._replace(predict=predict)
+    objective = with_predict(predict)
     assert generate(objective, {}, Halves(), ["?"], context=4, new_tokens=1) == ["é"]
 
 
 def test_tokens_that_the_tokenizer_lacks_are_never_chosen():
-    objective = bigram()._replace(
-        predict=lambda p, batch, k, n: jnp.broadcast_to(
+    objective = with_predict(
+        lambda p, batch, k, n: jnp.broadcast_to(
             jnp.arange(300.0), (*batch["tokens"].shape, 300)
         )
     )

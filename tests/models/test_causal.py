@@ -119,7 +119,7 @@ def one_at_a_time(config, params, tokens, candidate):
         for i in range(config.layers):
             layer = {"params": jax.tree.map(lambda w, i=i: w[i], params["blocks"])}
             inputs = x, jnp.arange(x.shape[1]), mask, condition
-            x, _ = Block(config).apply(layer, *inputs, method="context")
+            x, _ = Block(config).apply(layer, *inputs)
         norm = Norm(config.norm, config.dyt_alpha)
         x = jnp.asarray(norm.apply({"params": params["final_norm"]}, x))[:, -1]
         if condition is not None:
