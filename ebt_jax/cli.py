@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 INTEGER, FLOAT = flags.DEFINE_integer, flags.DEFINE_float
 COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
+POSITIVE = functools.partial(flags.DEFINE_integer, lower_bound=1)
 
 WORKDIR = Flag("workdir", "folder of the run")
 CHECKPOINT = Flag("checkpoint", "step of a checkpoint; else the newest", None, INTEGER)
@@ -184,6 +185,36 @@ def _prepare(values: flags.FlagValues) -> None:
     prepare(data, output)
 
 
+def _bench(values: flags.FlagValues) -> None:
+    from ebt_jax.evaluation.bench import bench
+    from ebt_jax.models.config import ModelConfig
+
+    anchored = values.candidate_input == "anchored"
+    model = ModelConfig(
+        kind=values.model,
+        size=values.size,
+        vocab_size=values.vocab,
+        dtype=values.dtype,
+        candidate_input=values.candidate_input,
+        conditioning="default" if anchored else "time_embed",
+    )
+    results = bench(
+        values.word,
+        model,
+        batch=values.batch,
+        seq=values.seq,
+        prompt=values.prompt,
+        new=values.new,
+        steps=values.steps,
+    )
+    if values.json:
+        print(json.dumps(results))
+        return
+    for name, value in results.items():
+        shown = f"{value:.5g}" if isinstance(value, float) else value
+        print(f"{name:<20}{shown}")
+
+
 def _required(values: flags.FlagValues, name: str, what: str) -> Any:
     if not values[name].value:
         raise UserError(f"--{name} is missing; give it {what}")
@@ -277,6 +308,27 @@ VERBS = {
         example="ebt inspect --config=experiments/text.py:size=xs",
         call=_inspect,
         config="required",
+    ),
+    "bench": Verb(
+        summary="time training steps or generated tokens, on random tokens",
+        details="train times whole optimiser updates of System 1 at two steps, decode "
+        "the generation\nof tokens one after the other.",
+        example="ebt bench train --size=xxs --vocab=256 --batch=4 --seq=256",
+        call=_bench,
+        flags=(
+            Flag("model", "ebt or transformer_pp", "ebt"),
+            Flag("size", "4xs, 3xs, xxs, xs, small, medium, large or xl", "xxs"),
+            Flag("candidate_input", "embedding (published) or anchored", "embedding"),
+            Flag("dtype", "of the computation: float32 or bfloat16", "float32"),
+            Flag("vocab", "entries of the vocabulary", 50277, POSITIVE),
+            Flag("batch", "sequences at once", 2, POSITIVE),
+            Flag("seq", "tokens of a training sequence", 256, POSITIVE),
+            Flag("steps", "updates that are timed", 8, POSITIVE),
+            Flag("prompt", "tokens of each prompt", 16, POSITIVE),
+            Flag("new", "tokens that are added to each", 32, POSITIVE),
+            Flag("json", "prints one line of JSON", False, flags.DEFINE_boolean),
+        ),
+        words=("train", "decode"),
     ),
     "prepare": Verb(
         summary="tokenize a corpus once, into shards that data.path can name",

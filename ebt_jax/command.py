@@ -50,6 +50,7 @@ class Verb(NamedTuple):
       call: does it.
       flags: its flags, but for --config.
       config: whether --config is `required`, `optional` or `none`.
+      words: what may stand behind the verb, one of them, as flag `word`; none if empty.
     """
 
     summary: str
@@ -58,6 +59,7 @@ class Verb(NamedTuple):
     call: Callable[[flags.FlagValues], None]
     flags: tuple[Flag, ...] = ()
     config: str = "none"
+    words: tuple[str, ...] = ()
 
 
 def overview(verbs: dict[str, Verb]) -> str:
@@ -92,7 +94,8 @@ def usage(name: str, verb: Verb) -> str:
     width = max(len(left) for left, _ in rows) + 2
     return "\n".join(
         [
-            f"ebt {name}: {verb.summary}",
+            f"ebt {name}{' ' + '|'.join(verb.words) if verb.words else ''}: "
+            f"{verb.summary}",
             "",
             verb.details,
             "",
@@ -120,7 +123,16 @@ def parse(verb: Verb, argv: list[str]) -> flags.FlagValues:
     values = _flag_values(verb.flags)
     if verb.config != "none":
         argv = _define_config(values, argv, verb.config == "required")
-    _, *rest = values(argv)
+    name, *rest = values(argv)
+    word = None
+    if verb.words:
+        word, *rest = rest or [None]
+        if word not in verb.words:
+            given = "nothing" if word is None else repr(word)
+            raise UserError(
+                f"after {name!r} comes one of {', '.join(verb.words)}, not {given}"
+            )
+    flags.DEFINE_string("word", word, "what stands behind the verb", flag_values=values)
     if rest:
         raise UserError(f"unexpected {rest[0]!r}; flags are written --name=value")
     return values

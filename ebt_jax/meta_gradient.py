@@ -25,7 +25,12 @@ class EnergyFn(Protocol):
     """An energy: one scalar for each independent prediction, lower is better."""
 
     def __call__(
-        self, params: PyTree, context: PyTree, candidate: PyTree, landscape: jax.Array
+        self,
+        params: PyTree,
+        context: PyTree,
+        candidate: PyTree,
+        landscape: jax.Array,
+        /,
     ) -> jax.Array:
         """Scores a candidate.
 

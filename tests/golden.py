@@ -212,7 +212,7 @@ def main(paths: list[str]) -> int:
     for path in paths:
         try:
             result = run_case(path)
-        except (UserError, OSError) as error:
+        except (ValueError, OSError) as error:  # UserError is a ValueError
             print(f"FAIL {path}: {error}")
             failed += 1
             continue
