@@ -195,12 +195,10 @@ def _values(words: list[str]) -> dict[str, Any]:
             raise UserError(
                 f"preset word {word!r} is unknown{hint} Known: {', '.join(known)}"
             )
-        values[key] = value
-    if "step_size" in values:
         try:
-            values["step_size"] = float(values["step_size"])
-        except ValueError:
-            raise UserError(
-                f"preset step_size is {values['step_size']!r}, but has to be a number"
-            ) from None
+            if key == "step_size":
+                value = RefineSetup(step_size=float(value)).step_size
+        except ValueError as error:
+            raise UserError(f"preset word {word!r}: {error}") from error
+        values[key] = value
     return values

@@ -1,0 +1,104 @@
+"""Every experiment file resolves, is learnable in small, and says what it does."""
+
+import pathlib
+import re
+import runpy
+
+import pytest
+
+from ebt_jax import cli
+from ebt_jax.command import load_config
+from ebt_jax.errors import UserError
+from ebt_jax.models.config import SIZES
+from ebt_jax.training.config import from_config_dict
+
+FILES = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
+TEXT = next(path for path in FILES if path.stem == "text")
+METHODS = ("s1", "s2", "anchored", "transformer_pp")
+
+
+def text(words: str):
+    return from_config_dict(load_config(f"{TEXT}:{words}"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_resolve_document_themselves_and_sweep(path):
+    names = runpy.run_path(str(path))
+    assert "ebt train --config=experiments/" in names["__doc__"]
+    from_config_dict(names["get_config"]())
+    runs = names["sweep"]()
+    assert len({run["workdir"] for run in runs}) == len(runs)
+    for run in runs:
+        verb = cli.VERBS["train"]
+        argv = ["train", *(f"--{name}={value}" for name, value in run.items())]
+        from_config_dict(cli.parse(verb, argv).config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("setting", ["", "quickstart", "fidelity", "tiny"])
+def test_methods_combine_with_settings_and_sizes(method, setting):
+    for size in SIZES:
+        config = text(f"{method},{setting},size={size}")
+        assert config.model.size == size
+        assert config.model.kind == (method if method == "transformer_pp" else "ebt")
+        assert (config.model.candidate_input == "anchored") == (method == "anchored")
+
+
+def test_published_settings():
+    s1, s2 = text("s1,size=xxs"), text("s2,size=xxs")
+    assert s1 == text("")
+    assert (s1.refine.step_size, s1.optim.step_size_lr_multiplier) == (500.0, 1500.0)
+    assert (s1.refine.num_steps, s1.refine.num_landscapes) == (2, 2)
+    assert s1.model.conditioning == "time_embed"
+    assert s1.optim.peak_lr == 1.2e-3
+    assert (s1.train.batch_size, s1.data.context) == (256, 256)
+    assert (s2.refine.min_steps, s2.refine.num_steps, s2.refine.noise_std) == (
+        2,
+        3,
+        3.0,
+    )
+    assert (s2.refine.backprop, s2.objective.loss_steps) == ("truncated", "last")
+    assert not s2.refine.step_size_learnable
+
+
+def test_a_step_size_brings_its_learning_rate():
+    config = text("s1,step_size=5")
+    assert (config.refine.step_size, config.optim.step_size_lr_multiplier) == (
+        5.0,
+        15.0,
+    )
+
+
+def test_the_docstring_names_every_word():
+    names = runpy.run_path(str(TEXT))
+    words = re.findall(r"^    (\w+)(?:=\w+)?  ", names["__doc__"], re.MULTILINE)
+    assert set(words) == {*names["METHODS"], *names["SETTINGS"], *names["KEYS"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("quikstart", "'quikstart' is unknown; did you mean 'quickstart'"),
+        ("s1,s2", "names both 's1' and 's2'"),
+        ("tiny,fidelity", "names both 'tiny' and 'fidelity'"),
+        ("size=huge", "size 'huge' is not one of 4xs"),
+        ("sizes=xs", "'sizes=xs' is unknown; did you mean 'size'"),
+        ("step_size=big", "'step_size=big': could not convert"),
+        ("step_size=0", "step_size is 0.0"),
+    ],
+)
+def test_errors(words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        text(words)
+    assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tiny_runs_train_evaluate_and_write(method, tmp_path, capsys):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    config = f"--config={TEXT}:tiny,{method}"
+    assert cli.run(["train", config, workdir, "--config.log.plots=false"]) == 0
+    assert cli.run(["evaluate", workdir, "--num_steps=3"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert cli.run(["generate", workdir, "--prompt=The", "--new=3"]) == 0
+    assert capsys.readouterr().out.startswith("The")
