@@ -2,7 +2,8 @@
 
     ebt train --config=experiments/text.py:quickstart --workdir=runs/first
 
-trains on the English reference text that ships with Python; nothing is downloaded.
+trains on the English reference text that ships with Python; nothing is downloaded. 800
+steps take 3 minutes on 2 CPU cores and end at 1.34 nats per byte of held-out text.
 
 Words, joined by commas after the colon:
 
@@ -19,6 +20,24 @@ Words, joined by commas after the colon:
     quickstart      anchored, 4xs, for minutes on a laptop
     fidelity        4xs, 16 x 128 bytes, 1,000 steps: the setting of the table below
     tiny            seconds; for tests
+
+Measured (jax 0.10.2, CPU): tiny shakespeare, first 90 % to train, held-out nats per
+byte after the last refinement step, seeds 0, 1, 2; the published code's numbers are of
+one seed each:
+
+    ebt train --config=experiments/text.py:fidelity,WORDS --workdir=DIR
+        --config.data.path=input.txt --config.train.seed=SEED
+
+    WORDS            seeds                  mean     published code
+    s1               2.004  1.960  2.073    2.012    2.049
+    s1,step_size=5   2.020  1.966  1.979    1.988    2.020
+    anchored         1.789  1.775  1.772    1.779    -
+    transformer_pp   1.762  1.762  1.769    1.764    1.783
+
+So at equal tokens the published form trails Transformer++ by 0.2 nats and anchored
+candidates by 0.015, at about 4.5 times the time per step. The second refinement step
+does not pay there: anchored candidates are at 1.773 after the first. 1,000 steps of 4xs
+are 2 million bytes; nothing follows from them for larger models or more text.
 
 The published runs read 256 x 256 tokens of RedPajama with the GPT-NeoX tokenizer for a
 million steps: give `--config.data.path` and `--config.data.tokenizer`.

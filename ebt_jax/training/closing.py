@@ -91,7 +91,7 @@ def close_run(
         }
         if config.log.plots and first:
             plotted.append(plots.thinking_curve(path, curve))
-    if config.eval.sample_tokens:
+    if config.eval.sample_tokens and objective.decoder is not None:
         text = sample(config, objective, tokenizer, params, held_out)
         if first:
             (path / "sample.txt").write_text(text + "\n")

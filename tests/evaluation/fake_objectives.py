@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decoding import recomputing
 
-from ebt_jax.objectives import Decoder, Objective
+from ebt_jax.objectives import Objective
 
 VOCAB = 256
 
@@ -24,27 +25,6 @@ class Bytes:
 def cross_entropy(logits, batch):
     picked = jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-def recomputing(predict):
-    """A decoder without a cache: every token's prediction starts from the beginning."""
-
-    def predict_next(params, cache, index, key, num_steps):
-        tokens, lengths = cache
-        batch = {
-            "tokens": tokens,
-            "targets": jnp.zeros_like(tokens),
-            "weights": jnp.ones(tokens.shape),
-            "index": index,
-        }
-        logits = predict(params, batch, key, num_steps)
-        return logits[jnp.arange(len(lengths)), lengths - 1]
-
-    def append(params, cache, new):
-        tokens, lengths = cache
-        return tokens.at[jnp.arange(len(lengths)), lengths].set(new), lengths + 1
-
-    return Decoder(lambda params, *cache: cache, predict_next, append)
 
 
 def with_predict(predict):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import recomputing
 
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objectives import Objective
@@ -110,7 +111,7 @@ def bigram(noise=0.0, poison=None):
     def predict(params, batch, key, num_steps):
         return logits(params, batch)
 
-    objective = Objective(init, loss, evaluate, predict)
+    objective = Objective(init, loss, evaluate, predict, recomputing(predict))
     return SimpleNamespace(objective=objective, traces=traces)
 
 

@@ -1,0 +1,26 @@
+"""A decoder to compare cached ones with."""
+
+import jax.numpy as jnp
+
+from ebt_jax.objectives import Decoder
+
+
+def recomputing(predict):
+    """A decoder without a cache: every token's prediction starts from the beginning."""
+
+    def predict_next(params, cache, index, key, num_steps):
+        tokens, lengths = cache
+        batch = {
+            "tokens": tokens,
+            "targets": jnp.zeros_like(tokens),
+            "weights": jnp.ones(tokens.shape),
+            "index": index,
+        }
+        logits = predict(params, batch, key, num_steps)
+        return logits[jnp.arange(len(lengths)), lengths - 1]
+
+    def append(params, cache, new):
+        tokens, lengths = cache
+        return tokens.at[jnp.arange(len(lengths)), lengths].set(new), lengths + 1
+
+    return Decoder(lambda params, *cache: cache, predict_next, append)
