@@ -24,7 +24,7 @@ from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES, ModelConfig
 from ebt_jax.objectives import ObjectiveConfig, RefineSetup
 from ebt_jax.refine import PyTree
-from ebt_jax.training.config import Config, OptimConfig
+from ebt_jax.training.config import Config, OptimConfig, TrainConfig
 from ebt_jax.training.objective import build_objective
 
 # The published code's own defaults of every flag that is translated.
@@ -50,6 +50,10 @@ PUBLISHED_DEFAULTS: dict[str, Any] = {
     "mcmc_step_size": 60.0,
     "mcmc_step_size_learnable": False,
     "mcmc_step_size_lr_multiplier": 5000.0,
+    "max_steps": 1_000_000,
+    "max_scheduling_steps": -1,
+    "min_lr_scale": 10,
+    "seed": 33,
     "randomize_mcmc_step_size_scale": 1.0,
     "no_mcmc_detach": False,
     "truncate_mcmc": False,
@@ -74,21 +78,71 @@ OFF: dict[str, Any] = {
     "clamp_max_after_warm_up": 0.0,
     "discrete_contrastive_loss_true_logit_val": 0,
     "energy_loss_coeff": 0.0,
+    "infer_accept_lower_energies": False,
+    "infer_alpha_final_landscape": False,
+    "infer_ebt_advanced": False,
+    "infer_ebt_num_steps": 1,
+    "infer_ebt_override_alpha": 0,
+    "infer_energy_sampling_technique": "min",
+    "infer_generated_samples": 1,
+    "infer_increase_steps": 0,
+    "infer_langevin_dynamics_noise": 0,
+    "infer_langevin_first_step": False,
+    "infer_steps_final_landscape": False,
     "learnable_process_memory": False,
+    "lr_scaling_rule": False,
     "mcmc_replay_buffer": False,
     "no_langevin_during_eval": False,
+    "optimizer": "adamw",
+    "warm_up_base_lr_divider": -1,
+    "weight_initialization": "xavier",
     "weight_initialization_gain": 1.0,
+}
+
+# Flags of the optimiser that are translated where they are given.
+OPTIMIZER = {
+    "peak_learning_rate": "peak_lr",
+    "mcmc_step_size_lr_multiplier": "step_size_lr_multiplier",
+    "warm_up_steps": "warmup_steps",
+    "gradient_clip_val": "clip_norm",
+    "weight_decay": "weight_decay",
+    "beta1": "beta1",
+    "beta2": "beta2",
 }
 
 # Flags that say how a run was carried out, not what its parameters compute.
 NOT_OF_THE_MODEL = frozenset(
     {
+        "accumulate_grad_batches",
         "batch",
+        "batch_size_per_device",
+        "check_val_every_n_epoch",
+        "compile_model",
+        "dataset_name",
+        "float_precision",
+        "gpus",
+        "image_dims",
+        "infer_debug_sample_distances",
+        "infer_max_gen_len",
+        "infer_temp",
+        "infer_topk",
+        "infer_topp",
+        "log_every_n_steps",
+        "log_gradients",
+        "log_model_archi",
         "mcmc_replay_buffer_sample_bs_percent",
         "mcmc_replay_buffer_size",
         "model_name",
+        "num_workers",
+        "patch_size",
         "phase",
+        "save_top_k",
+        "set_matmul_precision",
+        "time_between_frames",
         "tokenizer",
+        "val_check_interval",
+        "validation_split_pct",
+        "wandb_watch",
     }
 )
 
@@ -123,20 +177,21 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
         defaults. `dim`, `num_layers`, `num_heads` and `vocab_size` are sizes.
 
     Returns:
-      A config with `model`, `refine`, `objective`, `data.context` and the step size's
-      learning-rate multiplier filled in.
+      A config with `model`, `refine`, `objective`, `optim`, `train.steps`, `train.seed`
+      and `data.context` filled in.
 
     Raises:
       UserError: naming the flag, for one that is unknown or not supported.
     """
     flags = {ALIASES[k] if k in ALIASES else k: v for k, v in flags.items()}
+    known = {*PUBLISHED_DEFAULTS, *OPTIMIZER, *OFF, *NOT_OF_THE_MODEL}
     for name, value in flags.items():
         if name in OFF and value != OFF[name]:
             raise UserError(
                 f"published flag {name}={value!r} is not supported; "
                 f"only {OFF[name]!r} is"
             )
-        if name not in PUBLISHED_DEFAULTS.keys() | OFF.keys() | NOT_OF_THE_MODEL:
+        if name not in known:
             raise UserError(f"published flag {name}={value!r} is not known here")
     f = {**PUBLISHED_DEFAULTS, **flags}
     if f["modality"] not in ("text", "NLP"):
@@ -216,9 +271,13 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
             else 0.0,
         ),
         optim=OptimConfig(
-            step_size_lr_multiplier=float(f["mcmc_step_size_lr_multiplier"])
+            schedule_steps=max(f["max_scheduling_steps"], 0),
+            final_lr_fraction=1 / f["min_lr_scale"],
+            final_lr_shared=True,
+            **{ours: f[theirs] for theirs, ours in OPTIMIZER.items() if theirs in f},
         ),
         data=DataConfig(context=f["context_length"]),
+        train=TrainConfig(steps=f["max_steps"], seed=f["seed"]),
     )
 
 

@@ -217,6 +217,27 @@ def test_other_flags_are_translated():
     assert off.objective.contrastive_weight == off.refine.gradient_clamp == 0
 
 
+def test_flags_of_the_optimiser_are_translated():
+    config = config_of(
+        peak_learning_rate=1.2e-3,
+        warm_up_steps=10_000,
+        max_steps=60_000,
+        max_scheduling_steps=1_000_000,
+        min_lr_scale=10,
+        gradient_clip_val=1.0,
+        weight_decay=0.02,
+        mcmc_step_size_lr_multiplier=1500.0,
+        seed=34,
+        gpus=-1,
+    )
+    optim = config.optim
+    assert (optim.peak_lr, optim.step_size_lr_multiplier) == (1.2e-3, 1500.0)
+    assert (optim.warmup_steps, optim.schedule_steps) == (10_000, 1_000_000)
+    assert (optim.final_lr_fraction, optim.final_lr_shared) == (0.1, True)
+    assert (optim.clip_norm, optim.weight_decay) == (1.0, 0.02)
+    assert (config.train.steps, config.train.seed) == (60_000, 34)
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "off"),
     [
