@@ -12,6 +12,7 @@ name, `.npz` nothing.
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -359,7 +360,8 @@ def read_checkpoint(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return load_file(file), {}
     if file.suffix in (".ckpt", ".pt", ".pth"):
         try:
-            import torch
+            # Not a plain import: type checkers need not have torch.
+            torch = importlib.import_module("torch")
         except ImportError as error:
             raise UserError(
                 f"reading {file.suffix} needs torch: `pip install 'ebt-jax[torch]'`"
