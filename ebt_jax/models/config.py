@@ -39,6 +39,9 @@ class ModelConfig:
     activation: str = "silu"  # silu | relu | gelu | elu
     dtype: str = "float32"  # compute: float32 | bfloat16; parameters stay float32
     remat: str = "none"  # none | dots | full: what each block recomputes backwards
+    unroll: int = (
+        2  # blocks per iteration of their scan; more run faster, compile longer
+    )
 
     @property
     def layers(self) -> int:
@@ -88,6 +91,10 @@ class ModelConfig:
                     f"model.{name} is {getattr(self, name)}, but has to be positive, "
                     "or 0 for its default"
                 )
+        if self.unroll < 0:
+            raise UserError(
+                f"model.unroll is {self.unroll}, but has to be 0 (always scan) or more"
+            )
         if self.hidden < 1:
             raise UserError(
                 f"model.ffn_multiplier is {self.ffn_multiplier}, which leaves "

@@ -12,6 +12,7 @@ from ebt_jax.models.config import SIZES, ModelConfig
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"unroll": -1}, "model.unroll is -1, but has to be 0 (always scan) or more"),
         ({"kind": "rnn"}, "model.kind is 'rnn', but has to be one of ebt, transformer"),
         ({"size": "huge"}, "model.size is 'huge', but has to be one of 4xs, 3xs, xxs"),
         (

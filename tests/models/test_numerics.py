@@ -79,9 +79,11 @@ def exact():
     return loss_and_gradients(tiny(conditioning="default"))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_number(exact, remat):
-    remade = loss_and_gradients(tiny(conditioning="default", remat=remat))
+@pytest.mark.parametrize(
+    "option", [{"remat": "dots"}, {"remat": "full"}, {"unroll": 0}]
+)
+def test_recomputing_or_scanning_changes_no_number(exact, option):
+    remade = loss_and_gradients(tiny(conditioning="default", **option))
     assert largest_relative(remade, exact) < 1e-5
 
 
