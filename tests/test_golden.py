@@ -11,15 +11,22 @@ HERE = pathlib.Path(__file__).parent
 CASES = sorted((HERE / "golden").glob("*.npz"))
 SMALL = HERE / "golden" / "transformer_pp_text.npz"
 
-# What may be above 1e-4, where one unit in the last place moves it further: steps that
-# amplify, and sums that cancel. Whatever is not listed here has to agree.
+# What is above 1e-4 here or on another version of JAX: steps that amplify, sums that
+# cancel. One unit in the last place has to move it further than it is off. Whatever is
+# not listed here has to agree.
+PERPLEXITY = "out/perplexity"
+GAP = "out/initial_final_pred_energies_gap"
 EXCUSED = {
     "text_clamped": ("grad/alpha",),
     "text_contrastive": ("grad/", "out/"),
+    "text_default_ffn4": (GAP,),
+    "text_layernorm_gelu": (GAP,),
+    "text_time_embed_random_steps_final_landscape": (PERPLEXITY,),
+    "text_time_embed_s1": (PERPLEXITY,),
+    "text_time_embed_s2_eval": (PERPLEXITY,),
     "text_time_embed_s2_langevin_learnable": ("grad/",),
+    "text_time_embed_s2_replay": (GAP,),
 }
-# In every case: an exponential and a difference of other outputs.
-DERIVED = ("out/perplexity", "out/initial_final_pred_energies_gap")
 WORST = 0.02  # of what is excused
 
 
@@ -55,11 +62,10 @@ def test_every_output_and_gradient_agrees(path):
     with np.load(path) as file:
         compared = [name for name in file if name.startswith(("out/", "grad/"))]
     assert sorted(result) == sorted(compared)
-    assert [name for name, comparison in result.items() if not comparison.passed] == []
-    excused = (*EXCUSED.get(path.stem, ()), *DERIVED)
-    for name, (error, _) in result.items():
-        limit = WORST if name.startswith(excused) else golden.TOLERANCE
-        assert error <= limit, name
+    for name, comparison in result.items():
+        if not comparison.passed:
+            assert name.startswith(EXCUSED.get(path.stem, ())), (name, comparison)
+            assert comparison.error <= min(comparison.spread, WORST), name
 
 
 def test_a_relative_error_of_a_thousandth_fails(tmp_path):
@@ -94,11 +100,10 @@ def test_relative_error_is_by_largest_magnitude():
     assert error(np.array([9.0, 2.0]), np.array([np.inf, 2.0])) == np.inf
 
 
-def test_the_excuse_is_no_larger_than_what_one_ulp_moves():
+def test_no_spread_excuses_an_array_above_the_tolerance():
     comparison = golden.Comparison
     assert comparison(1e-4).passed and not comparison(1.1e-4).passed
-    assert comparison(5e-4, spread=6e-4).passed
-    assert not comparison(7e-4, spread=6e-4).passed
+    assert not comparison(5e-4, spread=6e-4).passed
     assert not comparison(float("nan")).passed
 
 

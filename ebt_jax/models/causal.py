@@ -263,7 +263,7 @@ def _blocks(
     """All blocks, see `Block`. Keys and values are stacked over layers.
 
     They are scanned, so that compile time does not grow with their number; few are
-    unrolled, which runs faster: no loop to slice weights and stack residuals for.
+    unrolled, which spares slicing weights and stacking residuals.
     """
 
     def layer(x: jax.Array, inputs: Any) -> Any:

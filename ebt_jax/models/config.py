@@ -39,9 +39,7 @@ class ModelConfig:
     activation: str = "silu"  # silu | relu | gelu | elu
     dtype: str = "float32"  # compute: float32 | bfloat16; parameters stay float32
     remat: str = "none"  # none | dots | full: what each block recomputes backwards
-    unroll: int = (
-        2  # blocks per iteration of their scan; more run faster, compile longer
-    )
+    unroll: int = 2  # up to so many blocks are unrolled, more are scanned
 
     @property
     def layers(self) -> int:
