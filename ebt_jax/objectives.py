@@ -45,6 +45,7 @@ class RefineSetup(RefineConfig):
     noise_learnable: bool = False  # True: noise_std is the initial value of a parameter
     initial_candidate: str = "noise"  # noise | zeros
     initial_scale: float = 1.0  # standard deviation of the initial noise
+    block: int = 0  # predictions trained on at a time; 0: 512 on a CPU, else all
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +61,10 @@ class RefineSetup(RefineConfig):
         if not self.initial_scale >= 0:
             raise ValueError(
                 f"initial_scale is {self.initial_scale}, but cannot be negative"
+            )
+        if self.block < 0:
+            raise ValueError(
+                f"block is {self.block}, but has to be positive, or 0 for the default"
             )
         if self.noise_learnable and not self.noise_std:
             raise ValueError(

@@ -216,9 +216,9 @@ def append(
     return Cache(keys, values, cache.lengths + 1, last)
 
 
-def next_context(config: ModelConfig, cache: Cache) -> Context:
-    """The context of one candidate for each sequence, its next token."""
-    rows = cache.lengths[:, None] - 1
+def next_context(config: ModelConfig, cache: Cache, samples: int = 1) -> Context:
+    """The context of so many candidates for each sequence, all for its next token."""
+    rows = jnp.broadcast_to(cache.lengths[:, None] - 1, (len(cache.lengths), samples))
     anchor = cache.last if config.candidate_input == "anchored" else None
     ahead = rows + _step_tokens(config) + 1
     return Context(cache.keys, cache.values, rows, ahead, None, anchor)

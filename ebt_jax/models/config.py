@@ -39,7 +39,8 @@ class ModelConfig:
     activation: str = "silu"  # silu | relu | gelu | elu
     dtype: str = "float32"  # compute: float32 | bfloat16; parameters stay float32
     remat: str = "none"  # none | dots | full: what each block recomputes backwards
-    unroll: int = 2  # up to so many blocks are unrolled, more are scanned
+    unroll: int = 6  # up to so many blocks are unrolled, more are scanned
+    attention_block: int = 1024  # queries attended at a time; 0: all at once
 
     @property
     def layers(self) -> int:
@@ -89,6 +90,11 @@ class ModelConfig:
                     f"model.{name} is {getattr(self, name)}, but has to be positive, "
                     "or 0 for its default"
                 )
+        if self.attention_block < 0:
+            raise UserError(
+                f"model.attention_block is {self.attention_block}, but has to be "
+                "positive, or 0 for all queries at once"
+            )
         if self.unroll < 0:
             raise UserError(
                 f"model.unroll is {self.unroll}, but has to be 0 (always scan) or more"
