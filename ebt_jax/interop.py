@@ -162,12 +162,17 @@ class Entry(NamedTuple):
       path: keys into the parameter dict.
       layer: index into the stacked blocks, or None.
       transpose: whether theirs is the transpose of ours.
+      part: index into the maps of a fused kernel `[dim, parts, features]`, or None.
+      heads: of a kernel whose columns rotary positions turn in pairs: their number.
+        Theirs pairs neighbours, ours pairs a head's first half with its second.
     """
 
     name: str
     path: tuple[str, ...]
     layer: int | None = None
     transpose: bool = False
+    part: int | None = None
+    heads: int | None = None
 
 
 def config_from_reference(flags: Mapping[str, Any]) -> Config:
@@ -315,6 +320,7 @@ def from_reference(state_dict: Mapping[str, Any], config: Config) -> PyTree:
     for entry in entries:
         place = _at(params, entry)
         array = state[entry.name].T if entry.transpose else state[entry.name]
+        array = _apart(array, entry.heads)
         if array.shape != place.shape:
             expected = place.shape[::-1] if entry.transpose else place.shape
             raise UserError(
@@ -330,6 +336,7 @@ def to_reference(params: PyTree, config: Config) -> dict[str, np.ndarray]:
     state = {}
     for entry in _entries(config.model):
         array = np.asarray(_at(params, entry), np.float32)
+        array = _together(array, entry.heads)
         array = array.T if entry.transpose else array
         state[entry.name] = np.array(array, order="C")  # safetensors needs it
     return state
@@ -385,14 +392,15 @@ def _entries(config: ModelConfig) -> Iterator[Entry]:
         )
     yield Entry("embeddings.weight", ("embed", "embedding"))
     adaln = config.conditioning in ("adaln", "adaln_zero") and config.kind == "ebt"
-    linears = {
-        "attention.wq": "query",
-        "attention.wk": "key",
-        "attention.wv": "value",
-        "attention.wo": "out",
-        "feed_forward.w1": "gate",
-        "feed_forward.w3": "up",
-        "feed_forward.w2": "down",
+    heads = config.heads
+    linears = {  # name, fused part, heads
+        "attention.wq": ("qkv", 0, heads),
+        "attention.wk": ("qkv", 1, heads),
+        "attention.wv": ("qkv", 2, None),
+        "attention.wo": ("out", None, None),
+        "feed_forward.w1": ("gate_up", 0, None),
+        "feed_forward.w3": ("gate_up", 1, None),
+        "feed_forward.w2": ("down", None, None),
     }
     norms = {"attention_norm": "attention_norm", "ffn_norm": "mlp_norm"}
     parts = {
@@ -403,8 +411,9 @@ def _entries(config: ModelConfig) -> Iterator[Entry]:
     }[config.norm]
     for i in range(config.layers):
         layer = f"transformer.layers.{i}."
-        for theirs, ours in linears.items():
-            yield Entry(f"{layer}{theirs}.weight", ("blocks", ours, "kernel"), i, True)
+        for theirs, (ours, *rest) in linears.items():
+            path = ("blocks", ours, "kernel")
+            yield Entry(f"{layer}{theirs}.weight", path, i, True, *rest)
         for theirs, ours in norms.items():
             for part, name in parts.items():
                 yield Entry(f"{layer}{theirs}.{part}", ("blocks", ours, name), i)
@@ -438,7 +447,24 @@ def _at(params: PyTree, entry: Entry) -> Any:
     """The array of an entry; a view into the stacked blocks."""
     for key in entry.path:
         params = params[key]
-    return params[...] if entry.layer is None else params[entry.layer]
+    array = params[...] if entry.layer is None else params[entry.layer]
+    return array if entry.part is None else array[:, entry.part]
+
+
+def _apart(kernel: np.ndarray, heads: int | None) -> np.ndarray:
+    """Columns of each head in our order: first of every pair, then the second ones."""
+    if heads is None or kernel.ndim != 2 or kernel.shape[1] % (2 * heads):
+        return kernel  # a wrong shape is reported by whoever compares it
+    pairs = kernel.reshape(len(kernel), heads, -1, 2)
+    return pairs.swapaxes(2, 3).reshape(kernel.shape)
+
+
+def _together(kernel: np.ndarray, heads: int | None) -> np.ndarray:
+    """The inverse of `_apart`."""
+    if heads is None:
+        return kernel
+    halves = kernel.reshape(len(kernel), heads, 2, -1)
+    return halves.swapaxes(2, 3).reshape(kernel.shape)
 
 
 def _one_of(flags: Mapping[str, Any], name: str, *supported: str) -> None:

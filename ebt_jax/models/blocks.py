@@ -1,12 +1,8 @@
 """Transformer blocks, as Flax Linen modules used through `init` and `apply` alone.
 
-Llama-style: pre-norm, rotary positions on interleaved pairs, gated feed-forward, no
-biases. One block serves two streams with the same weights. The context stream is an
-ordinary causal transformer. In the candidate stream each position attends a part of
-the context and itself, and no other candidate (paper, appendix C.3).
-
-Everything here is twice differentiable: a meta-gradient differentiates attention a
-second time, which fused attention kernels do not support.
+Llama-style: pre-norm, rotary positions, gated feed-forward, no biases. One block serves
+two streams with the same weights. The context stream is an ordinary causal transformer.
+In the candidate stream each position attends a part of the context and itself.
 """
 
 from __future__ import annotations
@@ -18,10 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ebt_jax.models.attention import Visible, attend, rotate
 from ebt_jax.models.config import ModelConfig
 
 NORM_EPS = 1e-5  # sets the gain on small candidates; the published step sizes need it
-ROTARY_BASE = 10000.0
 
 # Plain normal, as torch.nn.init.xavier_normal_; Flax's own xavier_normal is truncated.
 xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
@@ -32,75 +28,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "elu": jax.nn.elu,
 }
-
-
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary position embedding on interleaved pairs (Su et al. 2021).
-
-    Args:
-      x: `[..., seq, heads, head_dim]`, head_dim even.
-      positions: `[..., seq]`, broadcast against the leading axes of x.
-    """
-    half = x.shape[-1] // 2
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=dtype) / half)
-    angle = jnp.einsum("...s,f->...sf", positions.astype(dtype), frequency)
-    leading = (1,) * (x.ndim - angle.ndim - 1)
-    angle = angle.reshape(leading + angle.shape)[..., None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    pairs = x.astype(cos.dtype).reshape(*x.shape[:-1], half, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
-
-
-def attend(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    mask: jax.Array,
-    own: tuple[jax.Array, jax.Array] | None = None,
-) -> jax.Array:
-    """Softmax attention in float32, over masked keys and each query's own key.
-
-    Args:
-      query: `[batch, seq, heads, head_dim]`.
-      keys: `[batch, keys, heads, head_dim]`.
-      values: like keys.
-      mask: bool, broadcastable to `[batch, heads, seq, keys]`; True where visible.
-      own: key and value `[batch, seq, heads, head_dim]` that query j alone sees.
-
-    Returns:
-      `[batch, seq, heads, head_dim]`.
-    """
-    accumulator = jnp.promote_types(query.dtype, jnp.float32)
-    scale = query.shape[-1] ** -0.5
-    scores = scale * jnp.einsum(
-        "bqhd,bkhd->bhqk", query, keys, preferred_element_type=accumulator
-    )
-    scores = jnp.where(mask, scores, -jnp.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    if own is not None:
-        own_score = scale * jnp.einsum(
-            "bqhd,bqhd->bhq", query, own[0], preferred_element_type=accumulator
-        )
-        top = jnp.maximum(top, own_score[..., None])
-    top = jax.lax.stop_gradient(top)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1)
-    if own is not None:
-        own_weight = jnp.exp(own_score - top[..., 0])
-        total = total + own_weight
-    out = jnp.einsum(
-        "bhqk,bkhd->bqhd",
-        (weights / total[..., None]).astype(values.dtype),
-        values,
-        preferred_element_type=accumulator,
-    )
-    if own is not None:
-        share = jnp.swapaxes(own_weight / total, 1, 2)[..., None]
-        out = out + share * own[1].astype(accumulator)
-    return out.astype(query.dtype)
 
 
 class Norm(nn.Module):
@@ -143,19 +70,16 @@ class Block(nn.Module):
         c = self.config
         self.attention_norm = Norm(c.norm, c.dyt_alpha)
         self.mlp_norm = Norm(c.norm, c.dyt_alpha)
-        self.query, self.key, self.value, self.out = (
-            dense(c, c.width) for _ in range(4)
-        )
-        self.gate, self.up = dense(c, c.hidden), dense(c, c.hidden)
-        self.down = dense(c, c.width)
+        self.qkv, self.out = fused(c, 3, c.width), dense(c, c.width)
+        self.gate_up, self.down = fused(c, 2, c.hidden), dense(c, c.width)
         if c.conditioning in ("adaln", "adaln_zero"):
             self.modulation = modulation(c, 6)
 
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
+        rotation: jax.Array,
+        visible: Visible,
         condition: jax.Array | None,
         past: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -163,33 +87,37 @@ class Block(nn.Module):
 
         Args:
           x: `[batch, seq, dim]`.
-          positions: rotary positions, `[seq]` or `[batch, seq]`.
-          mask: bool, broadcastable to `[batch, heads, seq, keys]`; True where visible.
+          rotation: of x's positions, see `attention.rotation`.
+          visible: which keys each position of x sees.
           condition: `[dim]` or None.
-          past: keys and values `[batch, keys, heads, head_dim]` of the context, of
-            which each position of x sees what the mask shows, and itself besides. None
-            where x is the context and its positions see each other.
+          past: keys and values `[batch, heads, keys, head_dim]` of the context, which
+            positions of x see besides themselves. None where x is the context and its
+            positions see each other.
 
         Returns:
-          `[batch, seq, dim]`, and its keys and values `[batch, seq, heads, head_dim]`.
+          `[batch, seq, dim]`, and its keys and values `[batch, heads, seq, head_dim]`.
         """
+        block = self.config.attention_block
         before, after = self._modulate(condition)
-        h = before[0](self.attention_norm(x))
-        query = rotate(self._heads(self.query(h)), positions)
-        own = rotate(self._heads(self.key(h)), positions), self._heads(self.value(h))
+        projected = self.qkv(before[0](self.attention_norm(x)))
+        query, key, value = (self._heads(projected[..., i, :]) for i in range(3))
+        query, own = rotate(query, rotation), (rotate(key, rotation), value)
         if past is None:
-            attended = attend(query, *own, mask)
+            attended = attend(query, *own, visible, block=block)
         else:
-            attended = attend(query, *past, mask, own)
-        x = x + after[0](self.out(_merge(attended)))
+            attended = attend(query, *past, visible, own, block)
+        merged = jnp.swapaxes(attended, 1, 2).reshape(x.shape)
+        x = x + after[0](self.out(merged))
         return x + after[1](self._mlp(before[1](self.mlp_norm(x)))), own
 
     def _mlp(self, h: jax.Array) -> jax.Array:
+        gate_up = self.gate_up(h)
         activation = ACTIVATIONS[self.config.activation]
-        return self.down(activation(self.gate(h)) * self.up(h))
+        return self.down(activation(gate_up[..., 0, :]) * gate_up[..., 1, :])
 
     def _heads(self, h: jax.Array) -> jax.Array:
-        return h.reshape(*h.shape[:-1], self.config.heads, self.config.head_dim)
+        h = h.reshape(*h.shape[:-1], self.config.heads, self.config.head_dim)
+        return jnp.swapaxes(h, 1, 2)
 
     def _modulate(self, condition: jax.Array | None) -> Any:
         """Functions before and after attention and feed-forward."""
@@ -210,6 +138,22 @@ def dense(config: ModelConfig, features: int) -> nn.Dense:
     """A linear map without bias, Xavier-normal, in the compute dtype."""
     return nn.Dense(
         features, use_bias=False, dtype=_compute(config), kernel_init=xavier_normal
+    )
+
+
+def fused(config: ModelConfig, parts: int, features: int) -> nn.DenseGeneral:
+    """So many linear maps of the same input as one product: `[..., parts, features]`.
+
+    The kernel is `[dim, parts, features]`, each part initialised as a map of its own.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        keys = jax.random.split(key, parts)
+        one = lambda key: xavier_normal(key, (shape[0], features), dtype)
+        return jnp.stack([one(key) for key in keys], axis=1).reshape(shape)
+
+    return nn.DenseGeneral(
+        (parts, features), use_bias=False, dtype=_compute(config), kernel_init=init
     )
 
 
@@ -236,10 +180,6 @@ def embedding(config: ModelConfig, entries: int) -> nn.Embed:
 def _compute(config: ModelConfig) -> Any:
     """None lets float64 parameters compute in float64, for numerical tests."""
     return jnp.bfloat16 if config.dtype == "bfloat16" else None
-
-
-def _merge(heads: jax.Array) -> jax.Array:
-    return heads.reshape(*heads.shape[:-2], -1)
 
 
 def _like(vector: jax.Array, x: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ebt_jax.models.attention import Visible, rotation
 from ebt_jax.models.blocks import (
     Block,
     Norm,
@@ -35,8 +36,9 @@ class Context(NamedTuple):
     """What candidates see of a sequence.
 
     Attributes:
-      keys: `[layers, batch, keys, heads, head_dim]`, after a leading `[landscapes]`
-        where the context depends on the landscape; keys counts the step token.
+      keys: `[layers, batch, heads, keys, head_dim]`; where the context depends on the
+        landscape `[landscapes, layers, ...]`. With time_embed, keys counts the step
+        token.
       values: like keys.
       rows: index of the token that each candidate continues, the last one it sees;
         `[seq]` or `[batch, seq]`.
@@ -58,13 +60,14 @@ def init(config: ModelConfig, key: jax.Array) -> PyTree:
     """Parameters; blocks are stacked `[layers, ...]`."""
     keys = iter(jax.random.split(key, 8))
     x, vector = jnp.zeros((1, 1, config.width)), jnp.zeros((config.width,))
-    positions, mask = jnp.zeros((1,)), jnp.ones((1, 1), bool)
+    turns = rotation(jnp.zeros((1,)), config.head_dim, x.dtype)
+    visible = Visible(jnp.zeros((1, 1), jnp.int32))
     conditioned = config.conditioning in ("adaln", "adaln_zero")
     energy = config.kind == "ebt"
     condition = vector if energy and conditioned else None
 
     def block(key: jax.Array) -> PyTree:
-        return _init(Block(config), key, x, positions, mask, condition)
+        return _init(Block(config), key, x, turns, visible, condition)
 
     params = {
         "embed": _init(
@@ -94,16 +97,44 @@ def encode_context(config: ModelConfig, params: PyTree, batch: Batch) -> Context
     `batch["segments"]` and `batch["positions"]` `[batch, seq]`, where there are any,
     keep packed documents apart.
     """
-    x = _embed(config, params, batch["tokens"])
-    rows, positions, segments = _layout(batch)
-    stream = functools.partial(_context_stream, config, params, x, positions, segments)
-    if _per_landscape(config):
-        _, (keys, values) = jax.vmap(stream)(params["step_embed"]["embedding"])
+    x = embed_tokens(config, params, batch)
+    encode = functools.partial(encode_embedded, config, params, x, batch)
+    if depends_on_landscape(config):
+        keys, values = jax.vmap(encode)(jnp.arange(config.num_landscapes))
     else:
-        _, (keys, values) = stream(None)
-    ahead = positions + _step_tokens(config) + 1
+        keys, values = encode(None)
+    rows, positions, segments = _layout(batch)
     anchor = x if config.candidate_input == "anchored" else None
+    ahead = positions + _step_tokens(config) + 1
     return Context(keys, values, rows, ahead, segments, anchor)
+
+
+def embed_tokens(config: ModelConfig, params: PyTree, batch: Batch) -> jax.Array:
+    """What the context stream starts from, `[batch, seq, dim]`."""
+    return _embed(config, params, batch["tokens"])
+
+
+def encode_embedded(
+    config: ModelConfig,
+    params: PyTree,
+    x: jax.Array,
+    batch: Batch,
+    landscape: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `[layers, batch, heads, keys, head_dim]` in one landscape.
+
+    Args:
+      config: the model's.
+      params: its parameters; none with a row for each entry of the vocabulary.
+      x: of `embed_tokens`.
+      batch: for its segments and positions.
+      landscape: int32 scalar; None where the context does not depend on it.
+    """
+    _, positions, segments = _layout(batch)
+    step = None
+    if landscape is not None:
+        step = params["step_embed"]["embedding"][landscape]
+    return _context_stream(config, params, x, positions, segments, step)[1]
 
 
 def energy(
@@ -114,20 +145,54 @@ def energy(
     landscape: jax.Array,
 ) -> jax.Array:
     """Energies `[batch, seq]` of candidates `[batch, seq, vocab]` on the simplex."""
-    table = params["embed"]["embedding"]
-    if not config.tied_embedding:
-        table = params["candidate_embed"]["kernel"]
-    dtype = context.keys.dtype
+    table, dtype = candidate_table(config, params), context.keys.dtype
     x = jnp.einsum("bsv,vd->bsd", candidate.astype(dtype), table.astype(dtype))
     if context.anchor is not None:
         x = x + context.anchor
-    past, condition = (context.keys, context.values), None
-    if config.conditioning != "default":
+    past = context.keys, context.values
+    if depends_on_landscape(config):
         past = jax.tree.map(lambda a: a[landscape], past)
+    places = context.rows, context.positions, context.segments
+    return energy_of_embedded(config, params, past, places, x, landscape)
+
+
+def candidate_table(config: ModelConfig, params: PyTree) -> jax.Array:
+    """The matrix `[vocab, dim]` that embeds candidates."""
+    if config.tied_embedding:
+        return params["embed"]["embedding"]
+    return params["candidate_embed"]["kernel"]
+
+
+def candidate_places(config: ModelConfig, batch: Batch, index: jax.Array) -> Any:
+    """Rows, rotary positions and segments of candidates `[seq]` of every sequence."""
+    _, positions, segments = _layout(batch)
+    return index, positions[..., index] + _step_tokens(config) + 1, segments
+
+
+def energy_of_embedded(
+    config: ModelConfig,
+    params: PyTree,
+    past: tuple[jax.Array, jax.Array],
+    places: tuple[jax.Array, jax.Array, jax.Array | None],
+    x: jax.Array,
+    landscape: jax.Array,
+) -> jax.Array:
+    """Energies `[batch, seq]`, by what the candidate stream starts from.
+
+    Args:
+      config: the model's.
+      params: its parameters; none with a row for each entry of the vocabulary.
+      past: of `encode_embedded`.
+      places: rows, positions and segments, as in `Context`.
+      x: embedded candidates `[batch, seq, dim]`, the anchor added where there is one.
+      landscape: int32 scalar.
+    """
+    rows, positions, segments = places
+    condition = None
     if config.conditioning in ("adaln", "adaln_zero"):
         condition = params["step_embed"]["embedding"][landscape]
-    mask = _visible(config, context.rows, past[0].shape[2], context.segments)
-    x, _ = _blocks(config, params, x, context.positions, mask, condition, past)
+    visible = _visible(config, rows, segments)
+    x, _ = _blocks(config, params, x, positions, visible, condition, past)
     x = _apply(_final_norm(config), params, "final_norm", x)
     if condition is not None:
         parts = _apply(
@@ -179,7 +244,7 @@ def prefill(
     positions = jnp.arange(tokens.shape[1])
     stream = functools.partial(_context_stream, config, params, x, positions, None)
     last = x
-    if _per_landscape(config):
+    if depends_on_landscape(config):
         _, (keys, values) = jax.vmap(stream)(params["step_embed"]["embedding"])
     else:
         hidden, (keys, values) = stream(None)
@@ -194,24 +259,27 @@ def append(
     """Encodes one more token, int32 `[batch]`, of each sequence."""
     x = _embed(config, params, tokens[:, None])
     rows = cache.lengths[:, None] - 1
-    mask = _visible(config, rows, cache.keys.shape[-3], None)
+    visible = _visible(config, rows, None)
     place = cache.lengths[:, None] + _step_tokens(config)
 
     def stream(past: Any, step: jax.Array | None) -> Any:
         condition = None if config.conditioning == "time_embed" else step
-        return _blocks(config, params, x, place, mask, condition, past)
+        return _blocks(config, params, x, place, visible, condition, past)
 
     past = (cache.keys, cache.values)
-    if _per_landscape(config):
+    if depends_on_landscape(config):
         hidden, own = jax.vmap(stream)(past, params["step_embed"]["embedding"])
     else:
         hidden, own = stream(past, None)
-    batch = jnp.arange(tokens.shape[0])
-    keys, values = jax.tree.map(
-        lambda old, new: old.at[..., batch, place[:, 0], :, :].set(new[..., 0, :, :]),
-        past,
-        own,
-    )
+    sequences = jnp.arange(tokens.shape[0])
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        """Puts keys `[..., batch, heads, 1, head_dim]` behind those of a sequence."""
+        axis = old.ndim - 4
+        index = (slice(None),) * axis + (sequences, slice(None), place[:, 0])
+        return old.at[index].set(jnp.moveaxis(new[..., 0, :], axis, 0))
+
+    keys, values = jax.tree.map(write, past, own)
     last = hidden if config.kind == "transformer_pp" else x
     return Cache(keys, values, cache.lengths + 1, last)
 
@@ -247,8 +315,8 @@ def _context_stream(
         first = jnp.zeros_like(positions[..., :1])
         positions = jnp.concatenate([first, positions + 1], axis=-1)
         rows = jnp.concatenate([jnp.array([-1]), rows])  # sees itself, key 0
-    mask = _visible(config, rows, x.shape[1], segments)
-    return _blocks(config, params, x, positions, mask, condition)
+    visible = _visible(config, rows, segments)
+    return _blocks(config, params, x, positions, visible, condition)
 
 
 def _blocks(
@@ -256,7 +324,7 @@ def _blocks(
     params: PyTree,
     x: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    visible: Visible,
     condition: jax.Array | None,
     past: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -265,11 +333,12 @@ def _blocks(
     They are scanned, so that compile time does not grow with their number; few are
     unrolled, which spares slicing weights and stacking residuals.
     """
+    turns = rotation(positions, config.head_dim, x.dtype)
 
     def layer(x: jax.Array, inputs: Any) -> Any:
         weights, past = inputs
         block = {"params": weights}
-        return Block(config).apply(block, x, positions, mask, condition, past)
+        return Block(config).apply(block, x, turns, visible, condition, past)
 
     unrolled = config.layers <= config.unroll
     inputs = (params["blocks"], past)
@@ -277,36 +346,29 @@ def _blocks(
 
 
 def _visible(
-    config: ModelConfig, rows: jax.Array, keys: int, segments: jax.Array | None
-) -> jax.Array:
+    config: ModelConfig, rows: jax.Array, segments: jax.Array | None
+) -> Visible:
     """Which keys each row sees: tokens 0..row of its segment, and the step token.
 
     Args:
-      config: says whether there is a step token.
+      config: says whether there is a step token, key 0.
       rows: `[seq]` or `[batch, seq]`; -1 for the step token itself.
-      keys: how many, the step token's counted.
       segments: `[batch, seq]` of the tokens, or None.
-
-    Returns:
-      bool `[batch or 1, 1, seq, keys]`.
     """
     extra = _step_tokens(config)
-    mask = (
-        jnp.arange(keys).reshape(1, 1, keys) <= jnp.atleast_2d(rows)[..., None] + extra
-    )
-    if segments is not None:
-        of_keys = jnp.pad(segments, ((0, 0), (extra, 0)), constant_values=-1)
-        of_rows = of_keys[:, rows + extra]
-        same = of_rows[:, :, None] == of_keys[:, None, :]
-        mask &= same | (jnp.arange(keys).reshape(1, 1, keys) < extra)
-    return mask[:, None]
+    last = jnp.atleast_2d(rows) + extra
+    if segments is None:
+        return Visible(last)
+    of_keys = jnp.pad(segments, ((0, 0), (extra, 0)), constant_values=-1)
+    return Visible(last, of_keys[:, rows + extra], of_keys)
 
 
 def _step_tokens(config: ModelConfig) -> int:
     return int(config.kind == "ebt" and config.conditioning == "time_embed")
 
 
-def _per_landscape(config: ModelConfig) -> bool:
+def depends_on_landscape(config: ModelConfig) -> bool:
+    """Whether there is a context for each landscape, or one for all."""
     return config.kind == "ebt" and config.conditioning != "default"
 
 
