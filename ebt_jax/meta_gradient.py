@@ -127,6 +127,33 @@ def energy_and_gradient(energy_fn: EnergyFn, meta_gradient: str = "rule") -> Cal
     return rule
 
 
+def with_gradient(
+    value_and_gradient: Callable[[PyTree], tuple[tuple[jax.Array, Any], PyTree]],
+    params: PyTree,
+) -> tuple[jax.Array, Any]:
+    """A value whose gradient is known as soon as it is computed.
+
+    Args:
+      value_and_gradient: `(params) -> ((value, aux), gradient)`, as of
+        `jax.value_and_grad(..., has_aux=True)`.
+      params: the point.
+
+    Returns:
+      `(value, aux)`. Differentiating the value gives `gradient`, once and in reverse;
+      aux is constant.
+    """
+
+    @jax.custom_vjp
+    def value(params: PyTree) -> tuple[jax.Array, Any]:
+        return value_and_gradient(params)[0]
+
+    def backward(gradient: PyTree, cotangents: tuple[jax.Array, Any]) -> tuple[PyTree]:
+        return (jax.tree.map(lambda g: cotangents[0] * g, gradient),)
+
+    value.defvjp(value_and_gradient, backward)
+    return value(params)
+
+
 def _if(taken, function, *arguments):
     """`function(*arguments)`, or zeros without computing it where `taken` is False."""
     if taken is None:

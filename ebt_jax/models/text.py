@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ebt_jax.categorical import Categorical
 from ebt_jax.models import causal
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objectives import Batch, Caching, EnergyModel, FeedForward
@@ -26,10 +27,6 @@ def energy_model(config: ModelConfig) -> EnergyModel:
         shape = (*batch["tokens"].shape, config.vocab_size)
         return normal(key, shape, jnp.float32)
 
-    def next_context(params: PyTree, cache: causal.Cache) -> causal.Context:
-        del params
-        return causal.next_context(config, cache)
-
     def target(batch: Batch) -> jax.Array:
         return jax.nn.one_hot(batch["targets"], config.vocab_size)
 
@@ -41,9 +38,44 @@ def energy_model(config: ModelConfig) -> EnergyModel:
         normalize=jax.nn.softmax,
         loss=cross_entropy,
         target=target,
+        categorical=_categorical(config),
         caching=_caching(
             config, lambda params, cache: causal.next_context(config, cache)
         ),
+    )
+
+
+def _categorical(config: ModelConfig) -> Categorical:
+    anchored = config.candidate_input == "anchored"
+    depends = causal.depends_on_landscape(config)
+
+    def encode(
+        params: PyTree, embedded: jax.Array, batch: Batch, landscape: jax.Array
+    ) -> PyTree:
+        which = landscape if depends else None
+        past = causal.encode_embedded(config, params, embedded, batch, which)
+        return past, embedded if anchored else None
+
+    def energy(
+        params: PyTree,
+        past: PyTree,
+        batch: Batch,
+        index: jax.Array,
+        x: jax.Array,
+        landscape: jax.Array,
+    ) -> jax.Array:
+        past, anchor = past
+        x = x if anchor is None else x + anchor[:, index]
+        places = causal.candidate_places(config, batch, index)
+        return causal.energy_of_embedded(config, params, past, places, x, landscape)
+
+    return Categorical(
+        tables=("embed",) if config.tied_embedding else ("embed", "candidate_embed"),
+        table=functools.partial(causal.candidate_table, config),
+        embed=functools.partial(causal.embed_tokens, config),
+        encode=encode,
+        energy=energy,
+        num_contexts=config.num_landscapes if depends else 1,
     )
 
 
