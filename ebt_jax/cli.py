@@ -20,6 +20,7 @@ from absl import flags
 
 from ebt_jax.command import Flag, Verb, overview, parse, suggest, usage
 from ebt_jax.errors import TrainingDiverged, UserError
+from ebt_jax.evaluation.bench_settings import JOBS, Settings, numbers
 
 if TYPE_CHECKING:
     from ebt_jax.data.config import DataConfig
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 INTEGER, FLOAT = flags.DEFINE_integer, flags.DEFINE_float
 COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
 POSITIVE = functools.partial(flags.DEFINE_integer, lower_bound=1)
+
+BENCH = Settings()
 
 WORKDIR = Flag("workdir", "folder of the run")
 CHECKPOINT = Flag("checkpoint", "step of a checkpoint; else the newest", None, INTEGER)
@@ -186,33 +189,25 @@ def _prepare(values: flags.FlagValues) -> None:
 
 
 def _bench(values: flags.FlagValues) -> None:
-    from ebt_jax.evaluation.bench import bench
-    from ebt_jax.models.config import ModelConfig
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"job"}
+    given: dict[str, Any] = {name: values[name].value for name in fields}
+    for name in ("batch", "prompt"):
+        given[name] = numbers(name, given[name])
+    settings = Settings(job=values.word, **given)
 
-    anchored = values.candidate_input == "anchored"
-    model = ModelConfig(
-        kind=values.model,
-        size=values.size,
-        vocab_size=values.vocab,
-        dtype=values.dtype,
-        candidate_input=values.candidate_input,
-        conditioning="default" if anchored else "time_embed",
-    )
-    results = bench(
-        values.word,
-        model,
-        batch=values.batch,
-        seq=values.seq,
-        prompt=values.prompt,
-        new=values.new,
-        steps=values.steps,
-    )
-    if values.json:
-        print(json.dumps(results))
-        return
-    for name, value in results.items():
-        shown = f"{value:.5g}" if isinstance(value, float) else value
-        print(f"{name:<20}{shown}")
+    from ebt_jax.evaluation.bench import bench
+    from ebt_jax.evaluation.bench_peer import against_peer
+    from ebt_jax.evaluation.bench_table import render
+
+    def say(line: str) -> None:
+        if sys.stderr.isatty():
+            print(line, file=sys.stderr)
+
+    if values.peer is None:
+        result = bench(settings, say)
+    else:
+        result = against_peer(settings, values.peer, say)
+    print(json.dumps(result) if values.json else render(result))
 
 
 def _required(values: flags.FlagValues, name: str, what: str) -> Any:
@@ -310,25 +305,78 @@ VERBS = {
         config="required",
     ),
     "bench": Verb(
-        summary="time training steps or generated tokens, on random tokens",
-        details="train times whole optimiser updates of System 1 at two steps, decode "
-        "the generation\nof tokens one after the other.",
+        summary="time training and generation, or a peer; memory, compile time",
+        details="train    whole optimiser updates, their FLOPs and MFU\n"
+        "decode   generated tokens, one after the other\n"
+        "memory   of the compiled training step; runs nothing\n"
+        "compile  of the training step, with more layers and more steps\n"
+        "\n"
+        "On random tokens. --batch and --prompt take several numbers, such as 64,256.\n"
+        "--model=both times EBT and Transformer++ in alternation and sets their ratio\n"
+        "beside that of their FLOPs.\n"
+        "--peer runs another program in alternation, each in processes of their own.\n"
+        "It prints JSON with seconds, tokens_per_second and peak_mib. Both get\n"
+        "MALLOC_MMAP_THRESHOLD_=8589934592 and MALLOC_TRIM_THRESHOLD_=17179869184\n"
+        "where these are not set: else page faults are timed (glibc; a CPU). Without\n"
+        "--peer they are yours to set.",
         example="ebt bench train --size=xxs --vocab=256 --batch=4 --seq=256",
         call=_bench,
         flags=(
-            Flag("model", "ebt or transformer_pp", "ebt"),
-            Flag("size", "4xs, 3xs, xxs, xs, small, medium, large or xl", "xxs"),
-            Flag("candidate_input", "embedding (published) or anchored", "embedding"),
-            Flag("dtype", "of the computation: float32 or bfloat16", "float32"),
-            Flag("vocab", "entries of the vocabulary", 50277, POSITIVE),
-            Flag("batch", "sequences at once", 2, POSITIVE),
-            Flag("seq", "tokens of a training sequence", 256, POSITIVE),
-            Flag("steps", "updates that are timed", 8, POSITIVE),
-            Flag("prompt", "tokens of each prompt", 16, POSITIVE),
-            Flag("new", "tokens that are added to each", 32, POSITIVE),
+            Flag("model", "ebt, transformer_pp or both", BENCH.model),
+            Flag("system", "how the EBT is trained, 1 or 2", BENCH.system, INTEGER),
+            Flag("size", "4xs, 3xs, xxs, xs, small, medium, large or xl", BENCH.size),
+            Flag("layers", "blocks; 0: the size's", BENCH.layers, COUNT),
+            Flag(
+                "refine_steps",
+                "refinement steps; 0: 2 in System 1, 2 or 3 in System 2",
+                BENCH.refine_steps,
+                COUNT,
+            ),
+            Flag(
+                "candidate_input",
+                "embedding (published) or anchored",
+                BENCH.candidate_input,
+            ),
+            Flag("conditioning", "as model.conditioning; else what is published"),
+            Flag("dtype", "of the computation: float32 or bfloat16", BENCH.dtype),
+            Flag("block", "as refine.block; else its default", None, COUNT),
+            Flag("remat", "as model.remat; else its default"),
+            Flag("unroll", "as model.unroll; else its default", None, COUNT),
+            Flag(
+                "attention_block",
+                "as model.attention_block; else its default",
+                None,
+                COUNT,
+            ),
+            Flag("vocab", "entries of the vocabulary", BENCH.vocab, POSITIVE),
+            Flag("batch", "sequences at once; one or several numbers", "2"),
+            Flag("seq", "tokens of a training sequence", BENCH.seq, POSITIVE),
+            Flag("seq_to", "memory: doubles seq up to this", BENCH.seq_to, COUNT),
+            Flag("steps", "train: updates that are timed", BENCH.steps, POSITIVE),
+            Flag("prompt", "decode: tokens of a prompt; one or several numbers", "16"),
+            Flag("new", "decode: tokens added to each prompt", BENCH.new, POSITIVE),
+            Flag(
+                "rounds",
+                "decode: generations that are timed; with a peer: alternations",
+                BENCH.rounds,
+                POSITIVE,
+            ),
+            Flag(
+                "layers_to",
+                "compile: blocks of the deeper model",
+                BENCH.layers_to,
+                POSITIVE,
+            ),
+            Flag(
+                "steps_to",
+                "compile: refinement steps of the longer refinement",
+                BENCH.steps_to,
+                POSITIVE,
+            ),
+            Flag("peer", "command line of another program"),
             Flag("json", "prints one line of JSON", False, flags.DEFINE_boolean),
         ),
-        words=("train", "decode"),
+        words=JOBS,
     ),
     "prepare": Verb(
         summary="tokenize a corpus once, into shards that data.path can name",

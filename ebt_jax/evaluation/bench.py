@@ -1,148 +1,204 @@
 """How fast a training step and a generated token are, on random tokens.
 
-The first calls, which compile, are not timed. Times vary from run to run: compare
-medians of runs made one after the other on the same machine.
+`ebt bench train` times whole optimiser updates, `decode` tokens that are generated one
+after the other, `memory` tells what the compiled training step needs, and `compile` how
+long compiling it takes. Times vary from run to run, so what is compared is measured in
+alternation in one process, and the median of several calls counts; calls that compile
+are not timed with them.
+
+System 1 is as published: two steps, a landscape each, the loss on both, learnt step
+size. System 2, too, without its replay buffer: two or three steps, drawn for each
+update, of one landscape, Langevin noise, drawn step sizes, the loss on the last.
 """
 
 from __future__ import annotations
 
-import resource
-import statistics
-import sys
-import time
+import contextlib
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
-from ebt_jax.errors import UserError
-from ebt_jax.evaluation.generation import Sampling, generate_ids
+from ebt_jax.data.config import DataConfig
+from ebt_jax.evaluation import bench_compiled, bench_timed
+from ebt_jax.evaluation.bench_settings import Settings
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import RefineSetup
+from ebt_jax.objectives import ObjectiveConfig, RefineSetup
 from ebt_jax.training.config import Config, OptimConfig, TrainConfig, resolve
-from ebt_jax.training.objective import build_objective
-from ebt_jax.training.optim import make_optimizer
-from ebt_jax.training.step import init_state, make_step
-
-JOBS = ("train", "decode")
-WARM_UP = 2  # calls that are not timed: one compiles, one fills caches
 
 
-def bench(
-    job: str,
-    model: ModelConfig,
-    *,
-    batch: int,
-    seq: int,
-    prompt: int,
-    new: int,
-    steps: int,
-) -> dict[str, Any]:
-    """Times one job with System 1 as published: two steps, learnt step size.
+def bench(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs a benchmark.
 
     Args:
-      job: "train" for whole optimiser updates, "decode" for generated tokens.
-      model: with its `vocab_size`.
-      batch: sequences at once.
-      seq: tokens of context of a training sequence.
-      prompt: tokens of each prompt, `decode` only.
-      new: tokens to add to each, `decode` only.
-      steps: updates to time, `train` only.
+      settings: what to measure.
+      say: told, a line at a time, what is being done.
 
     Returns:
-      What was timed, `seconds` (median of an update; mean of a token over all that were
-      added), `tokens_per_second`, `compile_seconds` and `peak_mib` (of the
-      accelerator, or of this process on a CPU).
+      What JSON can hold: the settings, the numbers of the first row, and, where
+      there are more than one, all `rows` and what compares them. Numbers of a row, by
+      job:
+
+      train: `seconds`, the median of an update (where the number of refinement steps is
+        drawn, of updates brought to the mean number by their FLOPs);
+        `tokens_per_second`; `compile_seconds`; `flops_per_token` by formula; `mfu`,
+        those FLOPs per second / `matmul_flops_per_second` of one large product.
+      decode: `seconds` per new token of the whole batch, the prompt's share included;
+        `tokens_per_second`; `compile_seconds`; `first_seconds` for the prompt and one
+        token, `next_seconds` of each token after it.
+      memory: MiB of the compiled step's `temporaries_mib` and `arguments_mib`;
+        `arrays`, the temporaries as a multiple of one float32 `[batch, seq, vocab]`.
+      compile: `lower_seconds` and `compile_seconds`, with the compilation cache off.
+
+      `peak_mib` is the accelerator's, or on a CPU this process', whatever ran in it.
 
     Raises:
-      UserError: for an unknown job.
+      UserError: for settings that no model can have.
     """
-    if job not in JOBS:
-        raise UserError(f"bench job {job!r} is unknown; there are {', '.join(JOBS)}")
-    config = resolve(
+    with _without_cache():
+        found = _run(settings, say)
+    rows = found["rows"]
+    if len(rows) == 1:
+        del found["rows"]
+    return about(settings) | rows[0] | found
+
+
+def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+    first, models = settings.batch[0], settings.models
+    if settings.job == "memory":
+        lengths = [dataclasses.replace(settings, seq=seq) for seq in settings.sequences]
+        return bench_compiled.memory(
+            [bench_config(s, kind, first) for kind in models for s in lengths], say
+        )
+    if settings.job == "compile":
+        return bench_compiled.compiling(_deeper(settings), say)
+    groups = [
+        [bench_config(settings, kind, batch) for kind in models]
+        for batch in settings.batch
+    ]
+    if settings.job == "train":
+        return bench_timed.train(groups, settings.steps, say)
+    return bench_timed.decode(
+        groups, settings.prompt, settings.new, settings.rounds, say
+    )
+
+
+def bench_config(settings: Settings, kind: str, batch: int) -> Config:
+    """The config of a run.
+
+    Args:
+      settings: of the benchmark.
+      kind: of the model, `ebt` or `transformer_pp`.
+      batch: sequences at once.
+
+    Raises:
+      UserError: for settings that no model can have.
+    """
+    anchored = settings.candidate_input == "anchored"
+    given = {
+        "conditioning": settings.conditioning or ("default" if anchored else None),
+        "remat": settings.remat,
+        "unroll": settings.unroll,
+        "attention_block": settings.attention_block,
+    }
+    model = ModelConfig(
+        kind=kind,
+        size=settings.size,
+        num_layers=settings.layers,
+        vocab_size=settings.vocab,
+        dtype=settings.dtype,
+        candidate_input=settings.candidate_input,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    refine, objective = _system(settings.system, settings.refine_steps)
+    if settings.block is not None:
+        refine = dataclasses.replace(refine, block=settings.block)
+    return resolve(
         Config(
             model=model,
-            refine=RefineSetup(num_steps=2, num_landscapes=2, step_size=500.0),
-            optim=OptimConfig(peak_lr=1e-4, step_size_lr_multiplier=1500.0),
+            refine=refine,
+            objective=objective,
+            optim=OptimConfig(
+                peak_lr=1e-4, step_size_lr_multiplier=3 * refine.step_size
+            ),
+            data=DataConfig(context=settings.seq),
             train=TrainConfig(batch_size=batch),
         ),
-        model.vocab_size,
+        settings.vocab,
     )
-    about = {
-        "job": job,
-        "model": model.kind,
-        "candidate_input": model.candidate_input,
-        "size": model.size,
-        "dtype": model.dtype,
-        "vocab": model.vocab_size,
-        "batch": batch,
+
+
+def about(settings: Settings) -> dict[str, Any]:
+    """What was measured, where and when."""
+    config = bench_config(settings, settings.models[0], settings.batch[0])
+    ebt = {
+        "system": settings.system,
+        "refine_steps": config.refine.num_steps,
+        "candidate_input": settings.candidate_input,
+        "conditioning": config.model.conditioning,
     }
-    if job == "train":
-        compiling, times = _train(config, seq, steps)
-        seconds, tokens, about["seq"] = statistics.median(times), batch * seq, seq
-    else:
-        compiling, seconds = _decode(config, prompt, new)
-        tokens = batch
-        about |= {"prompt": prompt, "new": new}
     device = jax.devices()[0]
-    return about | {
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "compile_seconds": compiling,
-        "peak_mib": _peak_mib(device),
+    return {
+        "job": settings.job,
+        "model": settings.model,
+        **(ebt if config.model.kind == "ebt" else {}),
+        "size": settings.size,
+        "layers": config.model.layers,
+        "dtype": settings.dtype,
+        "vocab": settings.vocab,
         "device": device.device_kind,
         "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _train(config: Config, seq: int, steps: int) -> tuple[float, list[float]]:
-    """Seconds of the first update and of the timed ones."""
-    objective = build_objective(config)
-    shapes = jax.eval_shape(objective.init, jax.random.key(0))
-    optimizer = make_optimizer(config.optim, config.refine, shapes)
-    update = make_step(objective, optimizer, seed=0)
-    state = jax.jit(lambda: init_state(objective, optimizer, 0))()
-    rng, batch, times = np.random.default_rng(0), config.train.batch_size, []
-    for _ in range(WARM_UP + steps):
-        tokens = rng.integers(0, config.model.vocab_size, (batch, seq + 1))
-        example = {
-            "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
-            "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
-            "weights": jnp.ones((batch, seq), jnp.float32),
-        }
-        begin = time.perf_counter()
-        state, metrics = update(state, example)
-        jax.block_until_ready((state, metrics))
-        times.append(time.perf_counter() - begin)
-    return times[0], times[WARM_UP:]
+def _system(system: int, steps: int) -> tuple[RefineSetup, ObjectiveConfig]:
+    """How the EBT is trained; `steps` is the most steps, 0 for the published number."""
+    if system == 1:
+        steps = steps or 2
+        refine = RefineSetup(num_steps=steps, num_landscapes=steps, step_size=500.0)
+        return refine, ObjectiveConfig(loss_steps="all")
+    steps = steps or 3
+    refine = RefineSetup(
+        num_steps=steps,
+        min_steps=max(steps - 1, 1),
+        num_landscapes=1,
+        backprop="truncated",
+        noise_std=3.0,
+        step_size_jitter=2.0,
+        step_size=5.0,
+        step_size_learnable=False,
+    )
+    return refine, ObjectiveConfig(loss_steps="last")
 
 
-def _decode(config: Config, prompt: int, new: int) -> tuple[float, float]:
-    """Seconds of the first run, which compiles, and per token of the second."""
-    objective = build_objective(config)
-    params = jax.jit(objective.init)(jax.random.key(0))
-    rng, batch = np.random.default_rng(0), config.train.batch_size
-    prompts = rng.integers(0, config.model.vocab_size, (batch, prompt))
-
-    def run(length: int) -> float:
-        begin = time.perf_counter()
-        generate_ids(
-            objective,
-            params,
-            list(prompts.astype(np.int32)),
-            context=prompt + new,
-            new_tokens=length,
-            sampling=Sampling(),
-        )
-        return time.perf_counter() - begin
-
-    return run(WARM_UP), run(new) / new
+def _deeper(settings: Settings) -> list[Config]:
+    """Of each model, as asked and with more layers; of the EBT also with more steps."""
+    configs = []
+    for kind in settings.models:
+        changes: list[dict[str, int]] = [{}, {"layers": settings.layers_to}]
+        if kind == "ebt":
+            changes.append({"refine_steps": settings.steps_to})
+        configs += [
+            bench_config(
+                dataclasses.replace(settings, **change), kind, settings.batch[0]
+            )
+            for change in changes
+        ]
+    return configs
 
 
-def _peak_mib(device: Any) -> float:
-    stats = device.memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Programs are compiled, whatever the cache of compiled programs holds."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    compilation_cache.reset_cache()  # JAX remembers whether it is on
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()

@@ -1,0 +1,292 @@
+"""Training steps and generated tokens, timed in alternation."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ebt_jax.evaluation.flops import analytic_flops, mean_steps
+from ebt_jax.evaluation.generation import Sampling, generate_ids
+from ebt_jax.training.config import Config
+from ebt_jax.training.objective import build_objective
+from ebt_jax.training.optim import make_optimizer
+from ebt_jax.training.step import init_state, make_step
+
+Say = Callable[[str], None]
+
+WARM_UP = 2  # calls that are not timed: one compiles, one fills caches
+# Side of the square matrices whose product is the measure of what a device can do.
+MATMUL_SIDE = {"cpu": 2048, "accelerator": 8192}
+MATMUL_CALLS = 5
+
+
+class Update(NamedTuple):
+    """One timed update.
+
+    Attributes:
+      seconds: that it took.
+      flops: per token that it needs, by formula.
+    """
+
+    seconds: float
+    flops: float
+
+
+def train(groups: Sequence[Sequence[Config]], steps: int, say: Say) -> dict[str, Any]:
+    """Times whole optimiser updates.
+
+    Args:
+      groups: resolved configs; those of a group, if there are two, an EBT and a
+        Transformer++ to compare, are timed in alternation.
+      steps: updates to time.
+      say: told what is being done.
+
+    Returns:
+      `rows`, one for each config, see `bench.bench`, with the `batch_ratio` of tokens
+      per second to those of the first batch; `comparisons`, one for each group of two:
+      `time_ratio` EBT / Transformer++, `flop_ratio` by formula, `time_over_flops`, the
+      former divided by the latter, and its `rounds`; `matmul_flops_per_second`;
+      `peak_mib`.
+    """
+    rows, comparisons = [], []
+    for group in groups:
+        timed = _alternate([_updates(config, say) for config in group], steps, say)
+        for config, (compiling, updates) in zip(group, timed, strict=True):
+            rows.append(_train_row(config, compiling, updates))
+        if len(group) == 2:
+            comparisons.append(_compare(group, [updates for _, updates in timed]))
+    peak = peak_mib()  # before the product below takes its part
+    dtype = groups[0][0].model.dtype
+    say(f"timing a product of matrices in {dtype}")
+    rate = matmul_flops_per_second(dtype)
+    for row in rows:
+        row["mfu"] = row["flops_per_token"] * row["tokens_per_second"] / rate
+    relative(rows, "batch_ratio", "tokens_per_second", ("model",))
+    found = {"rows": rows, "matmul_flops_per_second": rate, "peak_mib": peak}
+    return found | ({"comparisons": comparisons} if comparisons else {})
+
+
+def decode(
+    groups: Sequence[Sequence[Config]],
+    prompts: Sequence[int],
+    new: int,
+    rounds: int,
+    say: Say,
+) -> dict[str, Any]:
+    """Times generated tokens.
+
+    Args:
+      groups: as for `train`.
+      prompts: tokens of each prompt; each number is measured with each group.
+      new: tokens to add.
+      rounds: generations to time, of which the median counts.
+      say: told what is being done.
+
+    Returns:
+      `rows`, one for each config and prompt, see `bench.bench`, with the `growth` of
+      `seconds` since the first prompt and the `batch_ratio` of tokens per second to
+      those of the first batch; `comparisons` with `time_ratio`; `peak_mib`.
+    """
+    rows, comparisons = [], []
+    for group in groups:
+        for prompt in prompts:
+            calls = [_generation(config, prompt, new, say) for config in group]
+            timed = _alternate(calls, rounds, say)
+            for config, (compiling, times) in zip(group, timed, strict=True):
+                seconds = statistics.median(whole for _, whole in times) / new
+                start = statistics.median(start for start, _ in times)
+                row = _row(config, config.train.batch_size, seconds, compiling)
+                row |= {"prompt": prompt, "new": new, "first_seconds": start}
+                if seconds * new > start:  # else it is below the noise
+                    row["next_seconds"] = (seconds * new - start) / (new - 1)
+                rows.append(row)
+            if len(group) == 2:
+                ours, baseline = rows[-2:]
+                comparisons.append(
+                    {
+                        "batch": ours["batch"],
+                        "prompt": prompt,
+                        "time_ratio": ours["seconds"] / baseline["seconds"],
+                    }
+                )
+    relative(rows, "growth", "seconds", ("model", "batch"))
+    relative(rows, "batch_ratio", "tokens_per_second", ("model", "prompt"))
+    found = {"rows": rows, "peak_mib": peak_mib()}
+    return found | ({"comparisons": comparisons} if comparisons else {})
+
+
+def matmul_flops_per_second(dtype: str) -> float:
+    """FLOPs per second of one large product of square matrices, by its median time.
+
+    Args:
+      dtype: of the matrices.
+    """
+    kind = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    side = MATMUL_SIDE[kind]
+    matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    times = []
+    for _ in range(WARM_UP + MATMUL_CALLS):
+        begin = time.perf_counter()
+        jax.block_until_ready(product(matrix, matrix))
+        times.append(time.perf_counter() - begin)
+    return 2.0 * side**3 / statistics.median(times[WARM_UP:])
+
+
+def peak_mib() -> float:
+    """Most memory that was ever in use, in MiB: the accelerator's, or this process'."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def relative(
+    rows: Sequence[dict[str, Any]], name: str, of: str, same: Sequence[str]
+) -> None:
+    """Adds a ratio to rows that have others of their kind.
+
+    Args:
+      rows: of results; changed.
+      name: of the ratio.
+      of: what is divided by that of the first row of the kind.
+      same: what rows of one kind have in common, where they have it at all.
+    """
+    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        kind = tuple(row[key] for key in same if key in row)
+        kinds.setdefault(kind, []).append(row)
+    for first, *others in kinds.values():
+        for row in (first, *others) if others else ():
+            row[name] = row[of] / first[of]
+
+
+def _alternate(calls: Sequence[Callable], rounds: int, say: Say) -> list[Any]:
+    """Calls A B A B ...; for each of them seconds of its first call, and results."""
+    compiling = []
+    for call in calls:
+        begin = time.perf_counter()
+        call()
+        compiling.append(time.perf_counter() - begin)
+    for _ in range(WARM_UP - 1):
+        for call in calls:
+            call()
+    say(f"timing {rounds} rounds")
+    results = [[call() for call in calls] for _ in range(rounds)]
+    return list(zip(compiling, zip(*results, strict=True), strict=True))
+
+
+def _updates(config: Config, say: Say) -> Callable[[], Update]:
+    """A training step to be called again and again."""
+    objective = build_objective(config)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    optimizer = make_optimizer(config.optim, config.refine, shapes)
+    update = make_step(objective, optimizer, seed=0)
+    say(f"compiling the training step of {config.model.kind}")
+    state = jax.jit(lambda: init_state(objective, optimizer, 0))()
+    rng = np.random.default_rng(0)
+    shape = (config.train.batch_size, config.data.context + 1)
+
+    def call() -> Update:
+        nonlocal state
+        tokens = rng.integers(0, config.model.vocab_size, shape)
+        batch = {
+            "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
+            "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
+            "weights": jnp.ones((shape[0], shape[1] - 1), jnp.float32),
+        }
+        jax.block_until_ready((state, batch))
+        begin = time.perf_counter()
+        state, metrics = update(state, batch)
+        jax.block_until_ready((state, metrics))
+        seconds = time.perf_counter() - begin
+        taken = float(metrics["refine_steps"]) if "refine_steps" in metrics else 0.0
+        return Update(seconds, analytic_flops(config, shapes, taken).total)
+
+    return call
+
+
+def _generation(
+    config: Config, prompt: int, new: int, say: Say
+) -> Callable[[], tuple[float, float]]:
+    """Generates one token, then `new` of them; the seconds of both."""
+    objective = build_objective(config)
+    params = jax.jit(objective.init)(jax.random.key(0))
+    shape = (config.train.batch_size, prompt)
+    prompts = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
+    say(f"compiling the generation of {config.model.kind} from {prompt} tokens")
+
+    def seconds(length: int) -> float:
+        begin = time.perf_counter()
+        generate_ids(
+            objective,
+            params,
+            list(prompts.astype(np.int32)),
+            context=prompt + new,
+            new_tokens=length,
+            sampling=Sampling(),
+        )
+        return time.perf_counter() - begin
+
+    return lambda: (seconds(1), seconds(new))
+
+
+def _train_row(
+    config: Config, compiling: float, updates: Sequence[Update]
+) -> dict[str, Any]:
+    batch, seq = config.train.batch_size, config.data.context
+    flops = _mean_flops(config)
+    seconds = flops * _seconds_per_flop(updates)
+    row = _row(config, batch * seq, seconds, compiling)
+    return row | {"seq": seq, "flops_per_token": flops}
+
+
+def _row(
+    config: Config, tokens: int, seconds: float, compiling: float
+) -> dict[str, Any]:
+    return {
+        "model": config.model.kind,
+        "batch": config.train.batch_size,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "compile_seconds": compiling,
+    }
+
+
+def _compare(
+    configs: Sequence[Config], timed: Sequence[Sequence[Update]]
+) -> dict[str, Any]:
+    """Time and FLOPs of an EBT / those of a Transformer++."""
+    ours, baseline = timed
+    flop_ratio = _mean_flops(configs[0]) / _mean_flops(configs[1])
+    time_over_flops = _seconds_per_flop(ours) / _seconds_per_flop(baseline)
+    return {
+        "batch": configs[0].train.batch_size,
+        "time_ratio": time_over_flops * flop_ratio,
+        "flop_ratio": flop_ratio,
+        "time_over_flops": time_over_flops,
+        "rounds": [
+            (a.seconds / a.flops) / (b.seconds / b.flops)
+            for a, b in zip(ours, baseline, strict=True)
+        ],
+    }
+
+
+def _mean_flops(config: Config) -> float:
+    """FLOPs per token of an update with the mean number of steps, by formula."""
+    objective = build_objective(config)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    return analytic_flops(config, shapes, mean_steps(config.refine)).total
+
+
+def _seconds_per_flop(updates: Sequence[Update]) -> float:
+    return statistics.median(update.seconds / update.flops for update in updates)

@@ -1,0 +1,187 @@
+"""FLOPs of a training step: by formula, and counted in the traced program.
+
+With N the weights that every token meets, L layers of width D, a vocabulary of V and S
+tokens of context, a pass through the blocks costs 2 N FLOPs per token, its attention
+4 L S D (all S keys are counted, as they are computed), and a product with the
+vocabulary matrix 2 V D. Training multiplies these:
+
+====================================== ====== =========== ==========================
+what                                   blocks attention   vocabulary
+====================================== ====== =========== ==========================
+Transformer++                          6 N    12 L S D    6 V D
+a context that gets a gradient         6 N    12 L S D
+another context                        2 N    4 L S D
+a step, its gradient a constant        4 N    8 L S D     4 V D
+a step that is differentiated          12 N   24 L S D    10 V D
+====================================== ====== =========== ==========================
+
+A step's own forward pass and inner gradient are the 4; to differentiate them takes the
+forward pass and the gradient once more along a tangent, and the products with the
+weights. Where the softmax of one step's result is the next step's candidate and both
+are differentiated, one embedding and one product for the matrix's gradient serve both:
+T steps need (6 T + 4) V D, not 10 T V D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+from jax.interpreters import partial_eval
+
+from ebt_jax.objectives import RefineSetup
+from ebt_jax.refine import PyTree
+from ebt_jax.training.config import Config
+
+# Parameters that grow with the vocabulary; they are not part of N.
+VOCABULARY = ("embed", "candidate_embed", "output")
+
+
+class Flops(NamedTuple):
+    """FLOPs of training per token, by what they are spent on.
+
+    Attributes:
+      blocks: products with the blocks' weights.
+      attention: scores, and sums of values.
+      vocabulary: products with the vocabulary matrices.
+    """
+
+    blocks: float
+    attention: float
+    vocabulary: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self)
+
+
+def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flops:
+    """FLOPs of training per token that the mathematics needs, by formula.
+
+    What a program recomputes to save memory is not counted; nor are the contrastive
+    term and modulations, which see no token.
+
+    Args:
+      config: a resolved config; `data.context` is S.
+      params: parameters, or their shapes.
+      num_steps: refinement steps; 0 for the config's, or the mean of their number where
+        it is drawn.
+    """
+    model = config.model
+    blocks, attention, vocabulary = multiples(config, num_steps)
+    return Flops(
+        blocks * count_token_weights(params),
+        attention * model.layers * config.data.context * model.width,
+        vocabulary * model.vocab_size * model.width,
+    )
+
+
+def formula(config: Config) -> str:
+    """The formula of `analytic_flops`, such as `36 N + 72 L S D + 16 V D`."""
+    units = ("N", "L S D", "V D")
+    return " + ".join(
+        f"{count:g} {unit}"
+        for count, unit in zip(multiples(config), units, strict=True)
+    )
+
+
+def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float]:
+    """How many N, L S D and V D `analytic_flops` finds, given the same arguments."""
+    if config.model.kind == "transformer_pp":
+        return 6.0, 12.0, 6.0
+    refine, last_only = config.refine, config.objective.loss_steps == "last"
+    steps = num_steps or mean_steps(refine)
+    differentiated = steps
+    if refine.backprop == "truncated" or (refine.backprop == "per_step" and last_only):
+        differentiated = 1.0
+    constant = steps - differentiated
+    contexts = 1 if config.model.conditioning == "default" else refine.num_landscapes
+    learning = min(contexts, differentiated)
+    blocks = (
+        6 * learning + 2 * (contexts - learning) + 4 * constant + 12 * differentiated
+    )
+    vocabulary = 4 * constant + 10 * differentiated
+    if refine.backprop == "per_step":
+        plain = refine.normalize_steps == "all" and not refine.sharpen
+        if plain and not refine.noise_std and not refine.absolute_clamp:
+            vocabulary -= 4 * (differentiated - 1)
+    else:
+        # A gradient reaches earlier candidates, through the candidate of a step.
+        reached = refine.backprop == "full" or (
+            refine.step_size_learnable or refine.noise_learnable
+        )
+        vocabulary += 2 * min(differentiated, steps - 1) * reached
+    return blocks, 2 * blocks, vocabulary
+
+
+def mean_steps(refine: RefineSetup) -> float:
+    """Refinement steps of a training step, their mean where the number is drawn."""
+    return (refine.num_steps + (refine.min_steps or refine.num_steps)) / 2
+
+
+def count_token_weights(params: PyTree) -> int:
+    """N: weights of the matrices in the blocks that every token is multiplied with."""
+    return sum(
+        math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"])
+        if len(leaf.shape) >= 3 and "modulation" not in jax.tree_util.keystr(path)
+    )
+
+
+def count_parameters(params: PyTree) -> int:
+    """How many numbers there are in a tree of arrays."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def count_non_embedding(params: PyTree) -> int:
+    """All parameters but the vocabulary matrices."""
+    return count_parameters(
+        {name: tree for name, tree in params.items() if name not in VOCABULARY}
+    )
+
+
+def count_flops(jaxpr: jax.extend.core.Jaxpr) -> float:
+    """FLOPs of the matrix multiplications that a traced program's results need.
+
+    Twice the multiplications; the body of a scan as often as it runs, of a conditional
+    its dearest branch, of a while loop, whose end is not known, once.
+    """
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(needed)
+
+
+def _count(jaxpr: jax.extend.core.Jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+            total += 2.0 * math.prod(result) * math.prod(left[i] for i in contracted)
+            continue
+        inner = [_count(body) for body in _bodies(params.values())]
+        if equation.primitive.name == "cond":
+            total += max(inner)
+        else:
+            repeats = params["length"] if equation.primitive.name == "scan" else 1
+            total += repeats * sum(inner)
+    return total
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.aval.shape
+
+
+def _bodies(values: Iterable[Any]) -> Iterable[jax.extend.core.Jaxpr]:
+    """The programs among the parameters of an equation."""
+    for value in values:
+        if isinstance(value, jax.extend.core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, jax.extend.core.Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _bodies(value)

@@ -1,0 +1,205 @@
+"""FLOPs: what is counted, against what can be counted by hand, and the formula."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ebt_jax.data.config import DataConfig
+from ebt_jax.evaluation.flops import (
+    analytic_flops,
+    count_flops,
+    formula,
+    mean_steps,
+)
+from ebt_jax.evaluation.inspect import batch_shapes
+from ebt_jax.models.config import ModelConfig
+from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.training.config import Config, TrainConfig, resolve
+from ebt_jax.training.objective import build_objective
+
+A, B = jnp.ones((4, 5)), jnp.ones((5, 6))
+PRODUCT = 2 * 4 * 5 * 6
+
+
+def flops(function, *inputs):
+    return count_flops(jax.jit(function).trace(*inputs).jaxpr.jaxpr)
+
+
+def test_a_product_counts_twice_its_multiplications():
+    assert flops(lambda a, b: a @ b, A, B) == PRODUCT
+    assert flops(lambda a: jnp.einsum("ij,ij->", a, a), A) == 2 * 4 * 5
+    batched = lambda a, b: jnp.einsum("nij,njk->nik", a, b)
+    assert flops(batched, jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))) == 3 * PRODUCT
+
+
+def test_loops_count_as_often_as_they_run():
+    def body(b, _):
+        return jax.nn.relu(A.T @ (A @ b)), None
+
+    looped = lambda b: jax.lax.scan(body, b, length=7)[0]
+    assert flops(looped, B) == 7 * 2 * PRODUCT
+    # Backwards each product gives two more; one of them is with a constant here.
+    gradient = jax.grad(lambda b: looped(b).sum())
+    assert flops(gradient, B) == 2 * 7 * 2 * PRODUCT
+    remat = jax.grad(lambda b: jax.lax.scan(jax.checkpoint(body), b, length=7)[0].sum())
+    assert flops(remat, B) > flops(gradient, B)
+
+
+def test_a_conditional_counts_as_its_dearest_branch_and_dead_code_as_nothing():
+    cond = lambda x, a, b: jax.lax.cond(x, lambda: a @ b, lambda: (a @ b) @ b.T @ b)
+    assert flops(cond, True, A, B) == 3 * PRODUCT
+
+    def wasteful(a, b):
+        jnp.sin(a @ b)
+        return a
+
+    assert flops(wasteful, A, B) == 0
+
+
+WIDTH, LAYERS, VOCAB, SEQ = 32, 2, 64, 64
+SYSTEM_2 = {
+    "num_steps": 3,
+    "backprop": "truncated",
+    "noise_std": 3.0,
+    "step_size_learnable": False,
+}
+
+
+def config(loss_steps="all", *, layers=LAYERS, vocab=VOCAB, kind="ebt", **refine):
+    """Of one sequence; each step is differentiated by autodiff, which computes nothing
+    twice, unless `refine` says otherwise."""
+    conditioning = "default" if "num_landscapes" not in refine else "time_embed"
+    model = ModelConfig(
+        kind=kind,
+        num_layers=layers,
+        num_heads=2,
+        dim=WIDTH,
+        conditioning=conditioning,
+    )
+    return resolve(
+        Config(
+            model=model,
+            refine=RefineSetup(**{"meta_gradient": "autodiff", **refine}),
+            objective=ObjectiveConfig(loss_steps=loss_steps),
+            data=DataConfig(context=SEQ),
+            train=TrainConfig(batch_size=1),
+        ),
+        vocab,
+    )
+
+
+def shapes(config):
+    return jax.eval_shape(build_objective(config).init, jax.random.key(0))
+
+
+def counted(config):
+    """FLOPs per token of the gradient of the traced loss."""
+    objective = build_objective(config)
+    gradient = jax.jit(jax.grad(lambda *x: objective.loss(*x)[0]))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    traced = gradient.trace(shapes(config), batch_shapes(config), key)
+    return count_flops(traced.jaxpr.jaxpr) / SEQ
+
+
+@pytest.mark.parametrize(
+    ("loss_steps", "values", "text"),
+    [
+        ("all", {"kind": "transformer_pp"}, "6 N + 12 L S D + 6 V D"),
+        ("all", {"num_steps": 1}, "18 N + 36 L S D + 10 V D"),
+        ("all", {"num_steps": 3}, "42 N + 84 L S D + 22 V D"),
+        (
+            "all",
+            {"num_steps": 2, "num_landscapes": 2},
+            "36 N + 72 L S D + 16 V D",
+        ),
+        # Noise parts a step's result from the next step's candidate.
+        ("all", {"num_steps": 2, "noise_std": 1.0}, "30 N + 60 L S D + 20 V D"),
+        ("last", {"num_steps": 3}, "26 N + 52 L S D + 18 V D"),
+        ("last", SYSTEM_2, "26 N + 52 L S D + 18 V D"),
+        ("last", {**SYSTEM_2, "min_steps": 2}, "24 N + 48 L S D + 16 V D"),
+        # A context that only steps before the last one use gets no gradient.
+        (
+            "last",
+            {**SYSTEM_2, "num_landscapes": 3},
+            "30 N + 60 L S D + 18 V D",
+        ),
+        (
+            "last",
+            {**SYSTEM_2, "step_size_learnable": True},
+            "26 N + 52 L S D + 20 V D",
+        ),
+        (
+            "all",
+            {"num_steps": 3, "backprop": "full"},
+            "42 N + 84 L S D + 34 V D",
+        ),
+    ],
+)
+def test_the_formula_is_that_of_the_config(loss_steps, values, text):
+    assert formula(config(loss_steps, **values)) == text
+
+
+def test_the_parts_of_the_formula_are_its_terms_times_its_sizes():
+    c = config(num_steps=2, num_landscapes=2)
+    blocks, attention, vocabulary = analytic_flops(c, shapes(c))
+    assert blocks == 36 * LAYERS * 7 * WIDTH**2  # q, k, v, out, gate, up, down
+    assert attention == 72 * LAYERS * SEQ * WIDTH
+    assert vocabulary == 16 * VOCAB * WIDTH
+    total = analytic_flops(c, shapes(c)).total
+    assert total == blocks + attention + vocabulary
+
+
+def test_the_formula_takes_any_number_of_steps_and_the_mean_of_drawn_ones():
+    c = config("last", **SYSTEM_2, min_steps=2)
+    assert mean_steps(c.refine) == 2.5
+    two, three = (analytic_flops(c, shapes(c), steps).total for steps in (2, 3))
+    assert analytic_flops(c, shapes(c)).total == pytest.approx((two + three) / 2)
+
+
+def test_modulations_see_no_token():
+    c = config(num_steps=2, num_landscapes=2)
+    adaln = dataclasses.replace(c.model, conditioning="adaln")
+    modulated = dataclasses.replace(c, model=adaln)
+    assert analytic_flops(modulated, shapes(modulated)) == analytic_flops(c, shapes(c))
+
+
+@pytest.mark.parametrize(
+    ("loss_steps", "values"),
+    [
+        ("all", {"kind": "transformer_pp"}),
+        ("all", {"num_steps": 2, "num_landscapes": 2}),
+        ("last", SYSTEM_2),
+    ],
+)
+def test_the_blocks_need_what_the_formula_says(loss_steps, values):
+    # The difference that two more layers make. The program has a few FLOPs more: a step
+    # token (1 / SEQ), and each candidate's own key (1 / SEQ of its attention).
+    few, many = (config(loss_steps, layers=n, **values) for n in (2, 4))
+    needed = analytic_flops(many, shapes(many)).total
+    needed -= analytic_flops(few, shapes(few)).total
+    assert needed <= counted(many) - counted(few) < 1.05 * needed
+
+
+@pytest.mark.parametrize(
+    ("loss_steps", "values", "most"),
+    [
+        ("all", {"kind": "transformer_pp"}, 1),
+        # A program that embeds each candidate anew needs 20 V D, the formula 16 V D.
+        ("all", {"num_steps": 2, "num_landscapes": 2}, 20 / 16),
+        ("last", SYSTEM_2, 1),
+    ],
+)
+def test_the_vocabulary_needs_what_the_formula_says(loss_steps, values, most):
+    small, large = (config(loss_steps, vocab=v, **values) for v in (64, 128))
+    needed = analytic_flops(large, shapes(large)).total
+    needed -= analytic_flops(small, shapes(small)).total
+    assert needed <= counted(large) - counted(small) <= most * needed
+
+
+def test_the_rule_computes_less_than_half_again_of_what_is_needed():
+    # It computes the forward pass and the inner gradient of a step a second time.
+    c = config(num_steps=2, num_landscapes=2, meta_gradient="rule")
+    needed = analytic_flops(c, shapes(c)).total
+    assert needed < counted(c) < 1.5 * needed
