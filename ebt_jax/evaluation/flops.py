@@ -1,9 +1,10 @@
 """FLOPs of a training step: by formula, and counted in the traced program.
 
 With N the weights that every token meets, L layers of width D, a vocabulary of V and S
-tokens of context, a pass through the blocks costs 2 N FLOPs per token, its attention
-4 L S D (all S keys are counted, as they are computed), and a product with the
-vocabulary matrix 2 V D. Training multiplies these:
+keys that a query is multiplied with, a pass through the blocks costs 2 N FLOPs per
+token, its attention 4 L S D, and a product with the vocabulary matrix 2 V D. S is the
+whole context, masked or not, or its blocks that attention does not pass over. Training
+multiplies these:
 
 ====================================== ====== =========== ==========================
 what                                   blocks attention   vocabulary
@@ -66,7 +67,7 @@ def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flop
     term and modulations, which see no token.
 
     Args:
-      config: a resolved config; `data.context` is S.
+      config: a resolved config.
       params: parameters, or their shapes.
       num_steps: refinement steps; 0 for the config's, or the mean of their number where
         it is drawn.
@@ -75,7 +76,7 @@ def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flop
     blocks, attention, vocabulary = multiples(config, num_steps)
     return Flops(
         blocks * count_token_weights(params),
-        attention * model.layers * config.data.context * model.width,
+        attention * model.layers * _keys(config) * model.width,
         vocabulary * model.vocab_size * model.width,
     )
 
@@ -106,8 +107,8 @@ def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float
     )
     vocabulary = 4 * constant + 10 * differentiated
     if refine.backprop == "per_step":
-        plain = refine.normalize_steps == "all" and not refine.sharpen
-        if plain and not refine.noise_std and not refine.absolute_clamp:
+        changed = refine.gradient_clamp or refine.absolute_clamp or refine.sharpen
+        if refine.normalize_steps == "all" and not (changed or refine.noise_std):
             vocabulary -= 4 * (differentiated - 1)
     else:
         # A gradient reaches earlier candidates, through the candidate of a step.
@@ -116,6 +117,14 @@ def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float
         )
         vocabulary += 2 * min(differentiated, steps - 1) * reached
     return blocks, 2 * blocks, vocabulary
+
+
+def _keys(config: Config) -> float:
+    """Mean number of keys that a query is multiplied with."""
+    length, block = config.data.context, config.model.attention_block
+    if not block or length <= block:
+        return length
+    return block * (math.ceil(length / block) + 1) / 2
 
 
 def mean_steps(refine: RefineSetup) -> float:

@@ -54,7 +54,7 @@ def test_inspect_tells_parameters_flops_memory_and_mesh():
     model = dataclasses.replace(TINY.model, kind="transformer_pp")
     text = inspect(dataclasses.replace(TINY, model=model))
     for part in (
-        "blocks/query/kernel",
+        "blocks/down/kernel",
         "non-embedding",
         "data=8 (cpu)",
         "8 x 8 = 64 tokens, 1 sequences per device",
