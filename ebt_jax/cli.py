@@ -24,6 +24,7 @@ from ebt_jax.evaluation.bench_settings import JOBS, Settings, numbers
 
 if TYPE_CHECKING:
     from ebt_jax.data.config import DataConfig
+    from ebt_jax.evaluation.generation import Continuation
 
 INTEGER, FLOAT = flags.DEFINE_integer, flags.DEFINE_float
 COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
@@ -135,30 +136,69 @@ def _generate(values: flags.FlagValues) -> None:
     workdir = _required(values, "workdir", "the folder of a trained run")
     prompts = _required(values, "prompt", "a text to continue, once or more")
 
+    stream = _streamed(values, len(prompts) * values.samples)
+
     from ebt_jax.data import tokenizers
     from ebt_jax.evaluation.generation import generate
+    from ebt_jax.evaluation.sampling import Sampling
+    from ebt_jax.thinking import AS_TRAINED, Thinking
     from ebt_jax.training import checkpoint
     from ebt_jax.training.config import resolve
     from ebt_jax.training.objective import build_objective
 
+    thinking = Thinking(values.num_steps, values.best_of, values.tolerance)
     path, config = checkpoint.open_workdir(workdir)
+    if config.model.kind != "ebt" and thinking != AS_TRAINED:
+        raise UserError(
+            f"the run's model is a {config.model.kind}, which predicts in one pass; "
+            "leave out --num_steps, --best_of and --tolerance"
+        )
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
-    texts = generate(
+    made = generate(
         build_objective(config),
         checkpoint.restore_params(path, values.checkpoint),
         tokenizer,
         prompts,
         context=config.data.context,
         new_tokens=values.new,
-        temperature=values.temperature,
-        top_k=values.top_k,
-        top_p=values.top_p,
+        sampling=Sampling(values.temperature, values.top_k, values.top_p),
+        thinking=thinking,
+        samples=values.samples,
         seed=values.seed,
-        num_steps=values.num_steps,
-        stop_token=values.stop,
+        stop_tokens=values.stop or (),
+        on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
     )
-    print("\n\n".join(texts))
+    if stream:
+        print()
+    elif values.json:
+        for continuation in made:
+            print(json.dumps(_row(continuation)))
+    else:
+        print("\n\n".join(continuation.text for continuation in made))
+
+
+def _streamed(values: flags.FlagValues, continuations: int) -> bool:
+    """Whether text is printed as it is made."""
+    alone = continuations == 1 and not values.json
+    if values.stream and not alone:
+        why = "--json prints whole ones" if values.json else f"not of {continuations}"
+        raise UserError(
+            f"--stream prints the text of one continuation, {why}; leave it out"
+        )
+    return alone and (sys.stdout.isatty() if values.stream is None else values.stream)
+
+
+def _row(continuation: Continuation) -> dict[str, Any]:
+    """A continuation as an object of JSON."""
+    steps = continuation.num_steps
+    return {
+        "prompt": continuation.prompt,
+        "sample": continuation.sample,
+        "text": continuation.text,
+        "tokens": continuation.tokens.tolist(),
+        "refinement_steps": float(steps.mean()) if len(steps) else 0.0,
+    }
 
 
 def _inspect(values: flags.FlagValues) -> None:
@@ -276,7 +316,8 @@ VERBS = {
     "generate": Verb(
         summary="continue prompts with a trained model",
         details="What a prompt becomes depends on the seed and its number, not on the "
-        "other prompts.",
+        "other prompts.\n--json prints a line for each continuation: prompt, sample, "
+        "text, tokens and the mean\nrefinement steps of a token.",
         example="ebt generate --workdir=runs/a --prompt='The statement' --new=300",
         call=_generate,
         flags=(
@@ -291,10 +332,30 @@ VERBS = {
             Flag("temperature", "0 always takes the likeliest token", 0.8, FLOAT),
             Flag("top_k", "draws from so many likeliest tokens; 0: all", 0, INTEGER),
             Flag("top_p", "draws from this much probability; 1: all", 1.0, FLOAT),
-            Flag("stop", "token that ends a text"),
+            Flag(
+                "stop",
+                "token that ends a text; repeat it for several",
+                None,
+                flags.DEFINE_multi_string,
+            ),
+            Flag("samples", "continuations of each prompt", 1, POSITIVE),
             Flag("seed", "of everything that is drawn", 0, INTEGER),
             NUM_STEPS,
+            Flag("best_of", "candidates a token; the lowest energy wins", 1, POSITIVE),
+            Flag(
+                "tolerance",
+                "refines until the energy falls by no more; --num_steps is the most",
+                None,
+                FLOAT,
+            ),
             CHECKPOINT,
+            Flag(
+                "stream",
+                "prints text as it is made; else where one text goes to a terminal",
+                None,
+                flags.DEFINE_boolean,
+            ),
+            Flag("json", "prints lines of JSON", False, flags.DEFINE_boolean),
         ),
     ),
     "inspect": Verb(

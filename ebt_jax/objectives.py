@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ebt_jax.randomness import fold_in, prediction_keys
+from ebt_jax.categorical import Categorical, Plan, covers, falling, loss_and_gradient
+from ebt_jax.meta_gradient import with_gradient
+from ebt_jax.randomness import fold_in, prediction_keys, typed, uniform
 from ebt_jax.refine import (
     EnergyFn,
     PyTree,
@@ -29,6 +31,7 @@ from ebt_jax.refine import (
     make_schedule,
     refine,
 )
+from ebt_jax.thinking import Thinking, Thought, final_energy, think
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -98,15 +101,16 @@ class Decoder(NamedTuple):
     Attributes:
       prefill: `(params, tokens, lengths) -> cache`; tokens `[batch, capacity]`, with
         anything behind the end of a sequence, lengths `[batch]`, at least 1.
-      predict: `(params, cache, index, key, num_steps) -> candidate` `[batch, ...]` for
-        what follows each sequence; for text logits `[batch, vocab]`. The same as
-        `Objective.predict` gives at the last position of a sequence named `index`.
+      predict: `(params, cache, index, key, thinking) -> Thought`, what follows each
+        sequence: candidates `[batch, ...]`, for text logits `[batch, vocab]`, and their
+        refinement steps `[batch]`. The same as `Objective.predict` gives at the last
+        position of a sequence named `index`.
       append: `(params, cache, tokens) -> cache`, one token `[batch]` more. A sequence
-        must not outgrow the capacity.
+        that outgrows the capacity is lost; no other is.
     """
 
     prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
-    predict: Callable[[PyTree, PyTree, jax.Array, jax.Array, int], PyTree]
+    predict: Callable[[PyTree, PyTree, jax.Array, jax.Array, Thinking], Thought]
     append: Callable[[PyTree, PyTree, jax.Array], PyTree]
 
 
@@ -122,15 +126,16 @@ class Objective(NamedTuple):
         `[steps + 1, *batch]` (its last row: that of the final candidate in the last
         landscape) and `gradient_norm` `[steps, *batch]`. num_steps 0 is the trained
         number. A draw depends on (key, `batch["index"]`, position) alone.
-      predict: `(params, batch, key, num_steps) -> candidate` after the last step; for
-        text logits `[batch, seq, vocab]`. Draws as in `evaluate`.
+      predict: `(params, batch, key, thinking) -> candidate` after the last step; for
+        text logits `[batch, seq, vocab]`. Draws as in `evaluate`. A feed-forward model
+        does not think, whatever it is told.
       decoder: continues sequences; None where the model has no `caching`.
     """
 
     init: Callable[[jax.Array], PyTree]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     evaluate: Callable[[PyTree, Batch, jax.Array, int], dict[str, jax.Array]]
-    predict: Callable[[PyTree, Batch, jax.Array, int], PyTree]
+    predict: Callable[[PyTree, Batch, jax.Array, Thinking], PyTree]
     decoder: Decoder | None = None
 
 
@@ -181,6 +186,7 @@ class EnergyModel(NamedTuple):
       loss: `(candidate, batch, smoothing) -> [*batch]`, of a stored candidate.
       target: `(batch) -> candidate`, the right answer in energy space.
       caching: continues sequences; None where predictions are not one after another.
+      categorical: a faster way to train; None where candidates are not distributions.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -191,6 +197,7 @@ class EnergyModel(NamedTuple):
     loss: Callable[..., jax.Array]
     target: Callable[[Batch], PyTree]
     caching: Caching | None = None
+    categorical: Categorical | None = None
 
 
 class FeedForward(NamedTuple):
@@ -245,12 +252,44 @@ def refined(
         params: PyTree, batch: Batch, key: jax.Array, draws: Draws | None = None
     ) -> tuple[jax.Array, Metrics]:
         draws = Draws() if draws is None else draws
-        initial_key, schedule_key, refine_key = jax.random.split(key, 3)
-        candidate, schedule = draws.candidate, draws.schedule
-        if candidate is None:
-            candidate = initial(initial_key, batch)
+        schedule = draws.schedule
         if schedule is None:
-            schedule = make_schedule(setup, schedule_key)
+            schedule = make_schedule(setup, fold_in(key, 0))
+        keys = _training_keys(fold_in(key, 1), batch)
+        if model.categorical is not None and covers(setup, config):
+            total, steps = quickly(params, batch, keys, schedule, draws)
+        else:
+            total, steps = plainly(params, batch, keys, schedule, draws)
+        last = schedule.length - 1
+        losses, energies, norms = (
+            steps[name] for name in ("loss", "energy", "gradient_norm")
+        )
+        metrics = {
+            "loss": total,
+            "nll": losses[last],
+            "nll_first_step": losses[0],
+            "energy_first": energies[0],
+            "energy_last": energies[last],
+            "energy_gap": energies[0] - energies[last],
+            "gradient_norm_first": norms[0],
+            "gradient_norm_last": norms[last],
+            "refine_steps": jnp.float32(schedule.length),
+            "step_size": params["step_size"],
+            "tokens": batch["weights"].sum(),
+        }
+        if setup.noise_std:
+            metrics["noise_std"] = params["noise_std"]
+        if config.contrastive_weight:
+            metrics["contrastive"] = steps["contrastive"]
+        return total, metrics
+
+    def plainly(
+        params: PyTree, batch: Batch, keys: jax.Array, schedule: Schedule, draws: Draws
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss and its parts at each step, by `refine`."""
+        candidate = draws.candidate
+        if candidate is None:
+            candidate = initial(fold_in(keys, 0), batch)
         context = model.encode_context(params, batch)
         tokens = jnp.maximum(batch["weights"].sum(), 1.0)
 
@@ -258,7 +297,7 @@ def refined(
             return (values * batch["weights"]).sum() / tokens
 
         def observe(step: Step) -> dict[str, jax.Array]:
-            smoothing = _falling(config.label_smoothing, step.index, schedule.length)
+            smoothing = falling(config.label_smoothing, step.index, schedule.length)
             seen = jax.tree.map(mean, energy_and_norm(step))
             seen["loss"] = mean(model.loss(step.after, batch, smoothing))
             if config.contrastive_weight:
@@ -271,7 +310,7 @@ def refined(
             context,
             candidate,
             config=setup,
-            key=refine_key,
+            key=fold_in(keys, 1),
             normalize=model.normalize,
             observe=observe,
             schedule=schedule,
@@ -280,37 +319,48 @@ def refined(
             **sizes(params),
         )
         last = schedule.length - 1
-        losses = steps["loss"]
-        total = losses[last]
+        total = steps["loss"][last]
         if config.loss_steps == "all":
-            total = losses.sum() / schedule.length
+            total = steps["loss"].sum() / schedule.length
         total = config.reconstruction_weight * total
-        metrics = {
-            "nll": losses[last],
-            "nll_first_step": losses[0],
-            "energy_first": steps["energy"][0],
-            "energy_last": steps["energy"][last],
-            "energy_gap": steps["energy"][0] - steps["energy"][last],
-            "gradient_norm_first": steps["gradient_norm"][0],
-            "gradient_norm_last": steps["gradient_norm"][last],
-            "refine_steps": jnp.float32(schedule.length),
-            "step_size": params["step_size"],
-            "tokens": batch["weights"].sum(),
-        }
-        if setup.noise_std:
-            metrics["noise_std"] = params["noise_std"]
         if config.contrastive_weight:
             target = model.energy(
                 params, context, model.target(batch), schedule.landscape[last]
             )
             margin = target - steps["live_energy"][last]
-            metrics["contrastive"] = mean(jax.nn.softplus(margin))
-            total = total + config.contrastive_weight * metrics["contrastive"]
-        return total, {"loss": total, **metrics}
+            steps["contrastive"] = mean(jax.nn.softplus(margin))
+            total = total + config.contrastive_weight * steps["contrastive"]
+        return total, steps
 
-    def think(params, context, batch, positions, key, num_steps, observe):
-        """Refines as in evaluation: nothing depends on how a batch is laid out."""
-        config = dataclasses.replace(
+    def quickly(
+        params: PyTree, batch: Batch, keys: jax.Array, schedule: Schedule, draws: Draws
+    ) -> tuple[jax.Array, Metrics]:
+        """The same from `categorical.py`, which finds the gradient as it goes."""
+        categorical = model.categorical
+        assert categorical is not None  # the caller has looked
+        most, factor = setup.step_size_jitter, jnp.ones(keys.shape, jnp.float32)
+        if most > 1:
+            jitter = draws.jitter
+            if jitter is None:
+                jitter = uniform(fold_in(fold_in(keys, 1), 1), keys.shape, jnp.float32)
+            factor = 1 / most + jitter * (most - 1 / most)
+
+        def both(params: PyTree) -> Any:
+            plan = Plan(
+                keys=keys,
+                schedule=schedule,
+                factor=factor,
+                candidate=draws.candidate,
+                noise=draws.noise,
+                **sizes(params),
+            )
+            return loss_and_gradient(categorical, setup, config, params, batch, plan)
+
+        return with_gradient(both, params)
+
+    def evaluated(num_steps: int) -> RefineConfig:
+        """Refinement as in evaluation: nothing depends on how a batch is laid out."""
+        return dataclasses.replace(
             setup,
             num_steps=num_steps or make_schedule(setup).length,
             min_steps=0,
@@ -318,8 +368,17 @@ def refined(
             step_size_jitter=1.0,
             backprop="per_step",
         )
-        keys = prediction_keys(key, batch["index"], positions)
-        return refine(
+
+    def evaluate(
+        params: PyTree, batch: Batch, key: jax.Array, num_steps: int
+    ) -> dict[str, jax.Array]:
+        def observe(step: Step) -> dict[str, jax.Array]:
+            return {**energy_and_norm(step), "nll": model.loss(step.after, batch)}
+
+        context = model.encode_context(params, batch)
+        keys = prediction_keys(key, batch["index"], _positions(batch))
+        config = evaluated(num_steps)
+        candidate, trajectory = refine(
             model.energy,
             params,
             context,
@@ -330,33 +389,34 @@ def refined(
             observe=observe,
             **sizes(params),
         )
-
-    def think_batch(params, batch, key, num_steps, observe):
-        context = model.encode_context(params, batch)
-        positions = jnp.arange(batch["weights"].shape[1])
-        return context, think(
-            params, context, batch, positions, key, num_steps, observe
+        final = final_energy(
+            model.energy, params, context, candidate, config, model.normalize
         )
+        energy = jnp.concatenate([trajectory["energy"], final[None]])
+        return {**trajectory, "energy": energy}
 
-    def evaluate(
-        params: PyTree, batch: Batch, key: jax.Array, num_steps: int
-    ) -> dict[str, jax.Array]:
-        def observe(step: Step) -> dict[str, jax.Array]:
-            return {**energy_and_norm(step), "nll": model.loss(step.after, batch)}
-
-        context, result = think_batch(params, batch, key, num_steps, observe)
-        final = model.energy(
+    def thought(
+        params: PyTree, context: PyTree, batch: Batch, keys: jax.Array, how: Thinking
+    ) -> Thought:
+        """Starts and draws as `evaluate` does."""
+        return think(
+            model.energy,
             params,
             context,
-            model.normalize(result.candidate),
-            jnp.int32(setup.num_landscapes - 1),
+            keys,
+            initial=lambda keys: initial(keys, batch),
+            thinking=how,
+            config=evaluated(0),
+            normalize=model.normalize,
+            **sizes(params),
         )
-        energy = jnp.concatenate([result.trajectory["energy"], final[None]])
-        return {**result.trajectory, "energy": energy}
 
-    def predict(params: PyTree, batch: Batch, key: jax.Array, num_steps: int) -> PyTree:
-        _, result = think_batch(params, batch, key, num_steps, _nothing)
-        return result.candidate
+    def predict(
+        params: PyTree, batch: Batch, key: jax.Array, thinking: Thinking
+    ) -> PyTree:
+        context = model.encode_context(params, batch)
+        keys = prediction_keys(key, batch["index"], _positions(batch))
+        return thought(params, context, batch, keys, thinking).candidate
 
     def predict_next(
         caching: Caching,
@@ -364,13 +424,13 @@ def refined(
         cache: PyTree,
         index: jax.Array,
         key: jax.Array,
-        num_steps: int,
-    ) -> PyTree:
+        thinking: Thinking,
+    ) -> Thought:
         context = caching.following(params, cache)
         last = caching.length(cache)[:, None] - 1
-        batch = {"index": index, "tokens": last}
-        result = think(params, context, batch, last, key, num_steps, _nothing)
-        return jax.tree.map(lambda z: z[:, 0], result.candidate)
+        keys = prediction_keys(key, index, last)
+        following = thought(params, context, {"tokens": last}, keys, thinking)
+        return jax.tree.map(lambda x: x[:, 0], following)
 
     decoder = _decoder(model.caching, predict_next)
     return Objective(init, loss, evaluate, predict, decoder)
@@ -392,8 +452,10 @@ def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
         del key, num_steps  # one pass, nothing drawn
         return {"nll": model.loss(model.predict(params, batch), batch)[None]}
 
-    def predict(params: PyTree, batch: Batch, key: jax.Array, num_steps: int) -> PyTree:
-        del key, num_steps
+    def predict(
+        params: PyTree, batch: Batch, key: jax.Array, thinking: Thinking
+    ) -> PyTree:
+        del key, thinking
         return model.predict(params, batch)
 
     def predict_next(
@@ -402,17 +464,18 @@ def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
         cache: PyTree,
         index: jax.Array,
         key: jax.Array,
-        num_steps: int,
-    ) -> PyTree:
-        del index, key, num_steps
-        return jax.tree.map(lambda y: y[:, 0], caching.following(params, cache))
+        thinking: Thinking,
+    ) -> Thought:
+        del key, thinking
+        predicted = jax.tree.map(lambda y: y[:, 0], caching.following(params, cache))
+        return Thought(predicted, jnp.zeros(index.shape, jnp.int32))
 
     decoder = _decoder(model.caching, predict_next)
     return Objective(model.init, loss, evaluate, predict, decoder)
 
 
 def _decoder(
-    caching: Caching | None, predict_next: Callable[..., PyTree]
+    caching: Caching | None, predict_next: Callable[..., Thought]
 ) -> Decoder | None:
     if caching is None:
         return None
@@ -420,13 +483,12 @@ def _decoder(
     return Decoder(caching.prefill, predict, caching.append)
 
 
-def _nothing(step: Step) -> None:
-    """Observes nothing."""
+def _training_keys(key: jax.Array, batch: Batch) -> jax.Array:
+    """A key for each prediction, by its place in the batch."""
+    shape = batch["weights"].shape
+    return jax.random.split(typed(key), shape)
 
 
-def _falling(start: float, index: jax.Array, length: int | jax.Array) -> Any:
-    """start (N-1-i) / (N-1), and 0 where N is 1."""
-    if not start:
-        return 0.0
-    span = jnp.maximum(length - 1, 1)
-    return start * jnp.maximum(length - 1 - index, 0) / span
+def _positions(batch: Batch) -> jax.Array:
+    """Places `[seq]` of a batch's predictions."""
+    return jnp.arange(batch["weights"].shape[1])

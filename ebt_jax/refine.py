@@ -259,6 +259,7 @@ def refine_until(
     key: jax.Array | None = None,
     normalize: Callable[[PyTree], PyTree] | None = None,
     transform: optax.GradientTransformation | None = None,
+    noise_std: ArrayLike | None = None,
 ) -> Converged:
     """Refines each prediction until its energy stops falling. Forward only.
 
@@ -276,9 +277,10 @@ def refine_until(
         `step_size_jitter` have no part in it.
       max_steps: the most updates of a prediction.
       tolerance: by how much an energy has to fall, in units of the energy.
-      key: PRNG key, scalar or `[*batch]`, where `config.noise_std` > 0.
+      key: PRNG key, scalar or `[*batch]`, where there is noise: that of `refine`.
       normalize: as in `refine`.
       transform: as in `refine`.
+      noise_std: as in `refine`.
 
     Returns:
       See `Converged`.
@@ -290,9 +292,11 @@ def refine_until(
     require(max_steps >= 1, "max_steps", max_steps, "at least 1")
     require(tolerance >= 0, "tolerance", tolerance, "zero or positive")
     batch = _check_energy(energy_fn, params, context, candidate)
-    if config.noise_std > 0 and key is None:
+    noisy = noise_std is not None or config.noise_std > 0
+    if noisy and key is None:
         raise ValueError("refine_until has to draw noise but got key=None; pass a key")
-    key = None if key is None else typed(key)
+    key = None if key is None else fold_in(typed(key), 2)  # draws what `refine` does
+    scale = config.noise_std if noise_std is None else noise_std
     candidate = jax.tree.map(jnp.asarray, candidate)
     base = jnp.asarray(step_size, _float_dtype(candidate))
     gradient_fn = energy_and_gradient(energy_fn, "autodiff")
@@ -306,9 +310,9 @@ def refine_until(
         index, stored, state, previous, count, running = carry
         landscape = jnp.minimum(index, last)
         start = stored
-        if key is not None and config.noise_std > 0:
+        if key is not None and noisy:
             normals = normal_like(fold_in(key, index), start, len(batch))
-            start = jax.tree.map(lambda z, n: z + config.noise_std * n, start, normals)
+            start = jax.tree.map(lambda z, n: z + scale * n, start, normals)
         before = _normalize(normalize, config.normalize_steps, start, landscape)
         energy, gradient = gradient_fn(params, context, before, landscape, None)
         falling = (energy < previous - tolerance) & jnp.isfinite(energy)

@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 
 from ebt_jax.objectives import Decoder
+from ebt_jax.thinking import Thought
 
 
 def recomputing(predict):
     """A decoder without a cache: every token's prediction starts from the beginning."""
 
-    def predict_next(params, cache, index, key, num_steps):
+    def predict_next(params, cache, index, key, thinking):
         tokens, lengths = cache
         batch = {
             "tokens": tokens,
@@ -16,8 +17,9 @@ def recomputing(predict):
             "weights": jnp.ones(tokens.shape),
             "index": index,
         }
-        logits = predict(params, batch, key, num_steps)
-        return logits[jnp.arange(len(lengths)), lengths - 1]
+        logits = predict(params, batch, key, thinking)
+        steps = jnp.full(lengths.shape, thinking.num_steps)
+        return Thought(logits[jnp.arange(len(lengths)), lengths - 1], steps)
 
     def append(params, cache, new):
         tokens, lengths = cache

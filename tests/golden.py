@@ -28,6 +28,7 @@ from ebt_jax import interop, models
 from ebt_jax.errors import UserError
 from ebt_jax.objectives import MIN_STEP_SIZE, Draws, refined
 from ebt_jax.refine import Schedule, make_schedule, refine
+from ebt_jax.thinking import AS_TRAINED
 from ebt_jax.training.config import Config
 from ebt_jax.training.objective import build_objective
 
@@ -117,7 +118,7 @@ def transformer_pp(config: Config) -> Program:
         batch, key = text_batch(inputs["tokens"]), jax.random.key(0)
         value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
         (loss, _), gradients = value_and_grad(params, batch, key)
-        logits = objective.predict(params, batch, key, 0)
+        logits = objective.predict(params, batch, key, AS_TRAINED)
         return {"logits": logits, "loss": loss}, gradients
 
     return program

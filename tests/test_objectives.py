@@ -22,6 +22,7 @@ from ebt_jax.objectives import (
 )
 from ebt_jax.randomness import normal
 from ebt_jax.refine import Schedule
+from ebt_jax.thinking import AS_TRAINED, Thinking
 
 BATCH, SEQ, VOCAB = 4, 3, 5
 KEY = jax.random.key(0)
@@ -317,7 +318,7 @@ def test_evaluate_gives_every_step_and_the_final_energy():
         "energy": (4, BATCH, SEQ),
         "gradient_norm": (3, BATCH, SEQ),
     }
-    logits = objective.predict(params, batch, KEY, 0)
+    logits = objective.predict(params, batch, KEY, AS_TRAINED)
     nll = smoothed(logits, batch["targets"], 0.0)
     np.testing.assert_allclose(seen["nll"][-1], nll, rtol=1e-5)
     context = params["table"][batch["tokens"]]
@@ -341,7 +342,7 @@ def test_evaluation_draws_no_step_size():
     plain = dataclasses.replace(EVALUATED, step_size_jitter=1.0)
     batch = make_batch()
     a, b = (
-        objective_of(setup).predict(objective_of().init(KEY), batch, KEY, 0)
+        objective_of(setup).predict(objective_of().init(KEY), batch, KEY, AS_TRAINED)
         for setup in (
             dataclasses.replace(EVALUATED, noise_std=0.0),
             dataclasses.replace(plain, noise_std=0.0),
@@ -396,7 +397,9 @@ def test_feed_forward_is_the_mean_cross_entropy_of_one_pass(smoothing):
     expected = mean(smoothed(logits, batch["targets"], smoothing))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert metrics["tokens"] == WEIGHTS.sum()
-    np.testing.assert_array_equal(objective.predict(params, batch, KEY, 7), logits)
+    np.testing.assert_array_equal(
+        objective.predict(params, batch, KEY, Thinking(7)), logits
+    )
     seen = objective.evaluate(params, batch, KEY, 7)
     assert list(seen) == ["nll"]
     np.testing.assert_allclose(

@@ -1,23 +1,28 @@
 """Text from a trained objective, one token after the other.
 
-Prompts of any lengths are encoded once, into a cache of constant shape; each new token
-costs one predicted position and one encoded token. What one prompt becomes does not
-depend on the others: its draws are a function of (seed, its index, position).
+Prompts of any lengths are encoded once and continued by the loop in `decoding.py`; what
+is here looks in only to hand on what was made and to make room in a full context. What
+one prompt becomes does not depend on the others: its draws are a function of (seed, its
+index, position).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ebt_jax.errors import UserError
-from ebt_jax.objectives import Decoder, Objective
+from ebt_jax.evaluation.decoding import NONE, PIECE, encode, extend
+from ebt_jax.evaluation.sampling import Sampling, check_sampling
+from ebt_jax.objectives import Objective
 from ebt_jax.refine import PyTree
+from ebt_jax.thinking import AS_TRAINED, Thinking
+
+STREAMED_PIECE = 4  # tokens made at a time where somebody waits for them
 
 
 class Codec(Protocol):
@@ -32,24 +37,39 @@ class Codec(Protocol):
         """Token ids `[tokens]` of a text."""
         ...
 
-    def decode(self, ids: np.ndarray, /) -> str:
-        """The text of token ids `[tokens]`."""
+    def decode(self, ids: Sequence[int], /) -> str:
+        """The text of token ids."""
         ...
 
 
-class Sampling(NamedTuple):
-    """How a token is chosen from its logits. Static: part of the compiled program.
+class Continued(NamedTuple):
+    """How a sequence of tokens goes on.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most likely token.
-      top_k: only the k most likely tokens can be drawn; 0 for all.
-      top_p: only the most likely tokens that together reach this probability can be
-        drawn, at least one; 1 for all.
+      tokens: the new ones, int32 `[at most new_tokens]`, no stop token.
+      num_steps: refinement steps of each, int32; 0 for a feed-forward model.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    tokens: np.ndarray
+    num_steps: np.ndarray
+
+
+class Continuation(NamedTuple):
+    """How a text goes on.
+
+    Attributes:
+      prompt: what is continued.
+      sample: 0 for the prompt's first continuation, 1 for its second, ...
+      text: the prompt with its continuation, without the stop token.
+      tokens: see `Continued`.
+      num_steps: see `Continued`.
+    """
+
+    prompt: str
+    sample: int
+    text: str
+    tokens: np.ndarray
+    num_steps: np.ndarray
 
 
 def generate(
@@ -60,13 +80,13 @@ def generate(
     *,
     context: int,
     new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling,
+    thinking: Thinking = AS_TRAINED,
+    samples: int = 1,
     seed: int = 0,
-    num_steps: int = 0,
-    stop_token: int | str | None = None,
-) -> list[str]:
+    stop_tokens: Sequence[int | str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Continuation]:
     """Continues texts.
 
     When the context is full, its older half is forgotten and the rest is encoded anew,
@@ -79,19 +99,21 @@ def generate(
       prompts: texts to continue, each of at least one token.
       context: tokens that the model sees.
       new_tokens: how many tokens to add, at most.
-      temperature: see `Sampling`.
-      top_k: see `Sampling`.
-      top_p: see `Sampling`.
+      sampling: how tokens are chosen.
+      thinking: how the prediction of each is refined.
+      samples: continuations of each prompt.
       seed: of initial candidates, noise and sampling.
-      num_steps: refinement steps per token; 0 for the trained number.
-      stop_token: a token, or the text of one, that ends a continuation.
+      stop_tokens: tokens, or texts of one token, that end a continuation.
+      on_text: called with the place of a continuation in the result and the next piece
+        of its text, prompt included, as soon as a few tokens are there. Bytes of an
+        unfinished character wait for the others.
 
     Returns:
-      Each prompt with its continuation, without the stop token.
+      All continuations of the first prompt, then all of the second, ...
 
     Raises:
-      UserError: for a prompt without tokens or longer than the context, a sampling
-        setting out of its range, or a stop token that is not one token.
+      UserError: for a prompt without tokens or longer than the context, a setting out
+        of its range, or a stop token that is not one token.
     """
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
@@ -100,23 +122,41 @@ def generate(
                 f"the prompt {prompt!r} has no tokens, but a continuation starts from "
                 "at least one; a newline will do"
             )
-    added = generate_ids(
+    # Decoded together: a character may have begun in the prompt.
+    whole = [list(tokens) for tokens in ids for _ in range(samples)]
+    shown = [""] * len(whole)
+
+    def show(row: int, text: str) -> None:
+        if on_text is not None and len(text) > len(shown[row]):
+            on_text(row, text[len(shown[row]) :])
+            shown[row] = text
+
+    def on_tokens(row: int, tokens: np.ndarray) -> None:
+        whole[row].extend(tokens)
+        # An unfinished character decodes to U+FFFD.
+        show(row, tokenizer.decode(whole[row]).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    continued = generate_ids(
         objective,
         params,
         ids,
         context=context,
         new_tokens=new_tokens,
-        sampling=Sampling(temperature, top_k, top_p),
+        sampling=sampling,
+        thinking=thinking,
+        samples=samples,
         seed=seed,
-        num_steps=num_steps,
-        stop_id=_stop_id(tokenizer, stop_token),
+        stop_ids=[_stop_id(tokenizer, stop) for stop in stop_tokens],
         vocab_size=tokenizer.vocab_size,
+        on_tokens=None if on_text is None else on_tokens,
     )
-    # Decoded together: a character may have begun in the prompt.
-    return [
-        tokenizer.decode(np.concatenate([prompt, new]))
-        for prompt, new in zip(ids, added, strict=True)
-    ]
+    made = []
+    for row, new in enumerate(continued):
+        prompt, sample = divmod(row, samples)
+        text = tokenizer.decode([*ids[prompt], *new.tokens])
+        show(row, text)
+        made.append(Continuation(prompts[prompt], sample, text, *new))
+    return made
 
 
 def generate_ids(
@@ -127,12 +167,14 @@ def generate_ids(
     context: int,
     new_tokens: int,
     sampling: Sampling,
+    thinking: Thinking = AS_TRAINED,
+    samples: int = 1,
     seed: int = 0,
-    num_steps: int = 0,
-    stop_id: int | None = None,
+    stop_ids: Sequence[int] = (),
     vocab_size: int | None = None,
     indices: Sequence[int] | None = None,
-) -> list[np.ndarray]:
+    on_tokens: Callable[[int, np.ndarray], None] | None = None,
+) -> list[Continued]:
     """Continues sequences of token ids.
 
     Args:
@@ -142,147 +184,103 @@ def generate_ids(
       context: tokens that the model sees; when it is full, as in `generate`.
       new_tokens: how many tokens to add, at most.
       sampling: how tokens are chosen.
+      thinking: how the prediction of each is refined.
+      samples: continuations of each prompt.
       seed: of initial candidates, noise and sampling.
-      num_steps: refinement steps per token; 0 for the trained number.
-      stop_id: the token that ends a continuation.
+      stop_ids: tokens that end a continuation.
       vocab_size: only tokens below this are chosen; None for all the model has.
-      indices: a number that names each prompt; default 0, 1, ... A prompt's draws
-        depend on its number and not on the rest of the batch.
+      indices: a number that names each prompt; default 0, 1, ... The draws of its
+        continuation m depend on number * samples + m and not on the rest of the batch.
+      on_tokens: called with the place of a continuation in the result and its next
+        tokens, as soon as a few are there; first with none, before anything is
+        computed.
 
     Returns:
-      The new tokens of each prompt, int32 `[at most new_tokens]`, no stop token.
+      All continuations of the first prompt, then all of the second, ...
 
     Raises:
       UserError: for an empty or too long prompt, or a setting out of its range.
     """
-    _check(prompts, context, new_tokens, sampling)
+    _check(prompts, context, new_tokens, samples)
+    check_sampling(sampling)
+    _check_thinking(thinking)
     if not prompts:
         return []
-    windows = [list(prompt) for prompt in prompts]
-    names = np.arange(len(prompts)) if indices is None else np.asarray(indices)
-    names = names.astype(np.int32)
-    key = jax.random.key(seed)
-    stopped = np.zeros(len(prompts), bool)
-    columns = []
-    cache = _prefill(params, windows, context, objective)
-    for made in range(new_tokens):
-        total = np.array([len(prompt) + made for prompt in prompts], np.int32)
-        chosen = np.asarray(
-            _next_token(
-                params,
-                cache,
-                names,
-                total,
-                key,
-                objective,
-                num_steps,
-                sampling,
-                vocab_size,
-            )
+    numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
+    index = (numbers[:, None] * samples + np.arange(samples)).reshape(-1)
+    windows = [[int(token) for token in prompt] for prompt in prompts]
+    step = functools.partial(
+        extend,
+        params=params,
+        index=index.astype(np.int32),
+        key=jax.random.key(seed),
+        stop_ids=np.array(stop_ids, np.int32),
+        objective=objective,
+        context=context,
+        thinking=thinking,
+        sampling=sampling,
+        vocab_size=vocab_size,
+    )
+    if on_tokens is not None:
+        for row in range(len(index)):
+            on_tokens(row, np.zeros(0, np.int32))
+    cache = _prefill(params, windows, context, objective, samples)
+    windows = [list(window) for window in windows for _ in range(samples)]
+    total = np.array([len(window) for window in windows], np.int32)
+    stopped = np.zeros(len(windows), bool)
+    pieces = []
+    made = 0
+    while True:
+        limit = min(PIECE if on_tokens is None else STREAMED_PIECE, new_tokens - made)
+        length = np.array([len(window) for window in windows], np.int32)
+        cache, *piece = step(
+            cache=cache,
+            length=length,
+            total=total + np.int32(made),
+            stopped=stopped,
+            limit=np.int32(limit),
         )
-        if stop_id is not None:
-            stopped |= chosen == stop_id
-        columns.append(np.where(stopped, -1, chosen))
-        if stopped.all() or made == new_tokens - 1:
+        tokens, num_steps, stopped, count = jax.device_get(piece)
+        made += int(count)
+        pieces.append((tokens[:, :count], num_steps[:, :count]))
+        for row, window in enumerate(windows):
+            new = tokens[row, :count]
+            new = new[new != NONE]
+            window.extend(new.tolist())
+            if on_tokens is not None and len(new):
+                on_tokens(row, new)
+        if made == new_tokens or stopped.all():
             break
-        full = any(len(window) == context for window in windows)
-        for window, token in zip(windows, chosen, strict=True):
-            if len(window) == context:
-                del window[: (context + 1) // 2]
-            window.append(int(token))
+        full = [window for window in windows if len(window) > context]
+        for window in full:
+            del window[: (context + 1) // 2]
         if full:
-            cache = _prefill(params, windows, context, objective)
-        else:
-            cache = _append(params, cache, chosen, objective)
-    added = np.stack(columns, axis=1)
-    return [row[row >= 0] for row in added]
+            cache = _prefill(params, windows, context, objective, samples=1)
+    tokens, num_steps = (
+        np.concatenate(part, axis=1) for part in zip(*pieces, strict=True)
+    )
+    return [
+        Continued(row[row != NONE], steps[row != NONE])
+        for row, steps in zip(tokens, num_steps, strict=True)
+    ]
 
 
 def _prefill(
-    params: PyTree, windows: list[list[int]], context: int, objective: Objective
+    params: PyTree,
+    windows: list[list[int]],
+    context: int,
+    objective: Objective,
+    samples: int,
 ) -> PyTree:
     tokens = np.zeros((len(windows), context), np.int32)
     for row, window in zip(tokens, windows, strict=True):
         row[: len(window)] = window
     lengths = np.array([len(window) for window in windows], np.int32)
-    return _encode(params, tokens, lengths, objective)
-
-
-def _decoder(objective: Objective) -> Decoder:
-    if objective.decoder is None:
-        raise ValueError("the objective has no decoder; its model cannot generate")
-    return objective.decoder
-
-
-@functools.partial(jax.jit, static_argnames="objective")
-def _encode(
-    params: PyTree, tokens: jax.Array, lengths: jax.Array, objective: Objective
-) -> PyTree:
-    return _decoder(objective).prefill(params, tokens, lengths)
-
-
-@functools.partial(jax.jit, static_argnames="objective", donate_argnames="cache")
-def _append(
-    params: PyTree, cache: PyTree, tokens: jax.Array, objective: Objective
-) -> PyTree:
-    return _decoder(objective).append(params, cache, tokens)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("objective", "num_steps", "sampling", "vocab_size")
-)
-def _next_token(
-    params: PyTree,
-    cache: PyTree,
-    index: jax.Array,
-    total: jax.Array,
-    key: jax.Array,
-    objective: Objective,
-    num_steps: int,
-    sampling: Sampling,
-    vocab_size: int | None,
-) -> jax.Array:
-    """The token after each sequence, which has `total` tokens so far; `[batch]`."""
-    predict_key, sample_key = jax.random.split(key)
-    predict = _decoder(objective).predict
-    logits = predict(params, cache, index, predict_key, num_steps)
-    fold = jax.vmap(jax.random.fold_in)
-    keys = fold(fold(jnp.broadcast_to(sample_key, index.shape), index), total)
-    return choose(logits[:, :vocab_size], keys, sampling)
-
-
-def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """Chooses tokens.
-
-    Args:
-      logits: `[batch, vocab]`; filtered and drawn from in float32.
-      keys: one PRNG key for each row, `[batch]`.
-      sampling: how. Top-p counts what top-k leaves, at the given temperature.
-
-    Returns:
-      Tokens, int32 `[batch]`.
-    """
-    logits = logits.astype(jnp.float32)
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    vocab = logits.shape[-1]
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(keys)
-    ranked, tokens = jax.lax.top_k(
-        logits / sampling.temperature, min(sampling.top_k or vocab, vocab)
-    )
-    # Noise belongs to the token, not to its rank: a near tie cannot change the draw.
-    noisy = ranked + jnp.take_along_axis(noise, tokens, axis=-1)
-    if sampling.top_p < 1:
-        # A token stays while those before it have not reached top_p; the first does.
-        shares = jax.nn.softmax(ranked)
-        kept = jnp.cumsum(shares, axis=-1) - shares < sampling.top_p
-        noisy = jnp.where(kept, noisy, -jnp.inf)
-    best = jnp.argmax(noisy, axis=-1)
-    return jnp.take_along_axis(tokens, best[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return encode(params, tokens, lengths, objective, samples)
 
 
 def _check(
-    prompts: Sequence[np.ndarray], context: int, new_tokens: int, sampling: Sampling
+    prompts: Sequence[np.ndarray], context: int, new_tokens: int, samples: int
 ) -> None:
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
@@ -292,27 +290,27 @@ def _check(
                 f"prompt {number} has {len(prompt)} tokens, but the model's context "
                 f"has {context}; shorten the prompt"
             )
-    if new_tokens < 1:
-        raise UserError(f"new_tokens is {new_tokens}, but has to be at least 1")
-    if not sampling.temperature >= 0:
+    for name, value in (("new_tokens", new_tokens), ("samples", samples)):
+        if value < 1:
+            raise UserError(f"{name} is {value}, but has to be at least 1")
+
+
+def _check_thinking(thinking: Thinking) -> None:
+    if thinking.num_steps < 0:
         raise UserError(
-            f"temperature is {sampling.temperature}, but cannot be negative; 0 always "
-            "takes the most likely token"
+            f"num_steps is {thinking.num_steps}, but cannot be negative; 0 takes the "
+            "trained number"
         )
-    if sampling.top_k < 0:
+    if thinking.best_of < 1:
+        raise UserError(f"best_of is {thinking.best_of}, but has to be at least 1")
+    if thinking.tolerance is not None and not thinking.tolerance >= 0:
         raise UserError(
-            f"top_k is {sampling.top_k}, but cannot be negative; 0 allows every token"
-        )
-    if not 0 < sampling.top_p <= 1:
-        raise UserError(
-            f"top_p is {sampling.top_p}, but has to be above 0 and at most 1; 1 allows "
-            "every token"
+            f"tolerance is {thinking.tolerance}, but cannot be negative; 0 stops when "
+            "the energy no longer falls"
         )
 
 
-def _stop_id(tokenizer: Codec, stop: int | str | None) -> int | None:
-    if stop is None:
-        return None
+def _stop_id(tokenizer: Codec, stop: int | str) -> int:
     if isinstance(stop, str):
         ids = tokenizer.encode(stop)
         if len(ids) != 1:

@@ -14,6 +14,7 @@ from ebt_jax.data.tokenizers import Tokenizer
 from ebt_jax.evaluation import generation, metrics, plots
 from ebt_jax.objectives import Objective
 from ebt_jax.refine import PyTree
+from ebt_jax.thinking import Thinking
 from ebt_jax.training.checkpoint import replace_text
 from ebt_jax.training.config import Config
 from ebt_jax.training.monitor import finite, say
@@ -147,7 +148,7 @@ def sample(
         new_tokens=config.eval.sample_tokens,
         sampling=generation.Sampling(config.eval.sample_temperature),
         seed=config.eval.seed,
-        num_steps=config.eval.num_steps,
+        thinking=Thinking(config.eval.num_steps),
         vocab_size=tokenizer.vocab_size,
     )
-    return tokenizer.decode([*prompt, *added])
+    return tokenizer.decode([*prompt, *added.tokens])

@@ -38,13 +38,12 @@ def bigram(vocab=VOCAB):
     def init(key):
         return {"table": jax.random.normal(key, (vocab, vocab))}
 
-    def predict(params, batch, key, num_steps):
+    def predict(params, batch, key, thinking):
         return params["table"][batch["tokens"]]
 
     def evaluate(params, batch, key, num_steps):
-        return {
-            "nll": cross_entropy(predict(params, batch, key, num_steps), batch)[None]
-        }
+        logits = params["table"][batch["tokens"]]
+        return {"nll": cross_entropy(logits, batch)[None]}
 
     def loss(params, batch, key):
         nll = evaluate(params, batch, key, 0)["nll"][0]
@@ -83,8 +82,8 @@ def thinker(trained_steps=3, vocab=VOCAB):
             "gradient_norm": jnp.sqrt(squares[:-1]),
         }
 
-    def predict(params, batch, key, num_steps):
-        goal, distances = states(params, batch, key, num_steps)
+    def predict(params, batch, key, thinking):
+        goal, distances = states(params, batch, key, thinking.num_steps)
         return goal + distances[-1]
 
     def loss(params, batch, key):

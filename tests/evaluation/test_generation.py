@@ -1,4 +1,4 @@
-"""Generation: ragged batches, filters, seeds, the window, and its errors."""
+"""Generation: ragged batches, samples, streams, the window, and its errors."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,10 @@ import pytest
 from fake_objectives import VOCAB, Bytes, bigram, thinker, with_predict
 
 from ebt_jax.errors import UserError
-from ebt_jax.evaluation.generation import Sampling, choose, generate, generate_ids
-from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import RefineSetup
-from ebt_jax.training.config import Config
-from ebt_jax.training.objective import build_objective
+from ebt_jax.evaluation.decoding import PIECE
+from ebt_jax.evaluation.generation import generate, generate_ids
+from ebt_jax.evaluation.sampling import Sampling
+from ebt_jax.thinking import Thinking
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [np.array(p, np.int32) for p in ([5], [1, 2, 3, 4], [9, 8, 7, 6, 5, 4, 3, 2])]
@@ -20,17 +19,27 @@ PROMPTS = [np.array(p, np.int32) for p in ([5], [1, 2, 3, 4], [9, 8, 7, 6, 5, 4,
 def counter():
     """Feed-forward: the next token is the last one plus 1."""
 
-    def predict(params, batch, key, num_steps):
+    def predict(params, batch, key, thinking):
         return jax.nn.one_hot((batch["tokens"] + 1) % VOCAB, VOCAB)
 
     return with_predict(predict)
 
 
+def texts(objective, prompts, codec=None, **options):
+    options = {"context": 8, "sampling": GREEDY, **options}
+    made = generate(objective, {}, codec or Bytes(), prompts, **options)
+    return [continuation.text for continuation in made]
+
+
+def same(made, expected):
+    """Whether continuations are equal, in tokens and steps."""
+    for ours, theirs in zip(made, expected, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_array_equal(ours.num_steps, theirs.num_steps)
+
+
 def test_greedy_follows_the_logits():
-    assert generate(counter(), {}, Bytes(), ["a", "0"], context=8, new_tokens=4) == [
-        "abcde",
-        "01234",
-    ]
+    assert texts(counter(), ["a", "0"], new_tokens=4) == ["abcde", "01234"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -45,8 +54,8 @@ def test_ragged_prompts_continue_as_they_do_alone(temperature):
     }
     together = generate_ids(objective, params, PROMPTS, **options)
     for i, prompt in enumerate(PROMPTS):
-        (alone,) = generate_ids(objective, params, [prompt], indices=[i], **options)
-        np.testing.assert_array_equal(together[i], alone)
+        alone = generate_ids(objective, params, [prompt], indices=[i], **options)
+        same(together[i : i + 1], alone)
 
 
 def test_a_full_context_forgets_its_older_half():
@@ -56,12 +65,12 @@ def test_a_full_context_forgets_its_older_half():
     (new,) = generate_ids(
         objective, params, [prompt], context=4, new_tokens=4, sampling=GREEDY
     )
-    text = np.concatenate([prompt, new])
+    text = np.concatenate([prompt, new.tokens])
     for made, window in ((1, text[2:5]), (2, text[2:6]), (3, text[4:7])):
         (again,) = generate_ids(
             objective, params, [window], context=4, new_tokens=1, sampling=GREEDY
         )
-        assert again[0] == new[made]
+        assert again.tokens[0] == new.tokens[made]
 
 
 def test_a_context_of_one_token_is_enough():
@@ -71,43 +80,7 @@ def test_a_context_of_one_token_is_enough():
         objective, params, [[3]], context=1, new_tokens=3, sampling=GREEDY
     )
     best = np.argmax(params["table"], axis=-1)
-    assert new.tolist() == [best[3], best[best[3]], best[best[best[3]]]]
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        {},
-        {"conditioning": "default"},
-        {"conditioning": "adaln"},
-        {"conditioning": "default", "candidate_input": "anchored"},
-        {"kind": "transformer_pp"},
-    ],
-)
-def test_cached_logits_are_those_of_the_whole_sequence(model):
-    config = Config(
-        model=ModelConfig(
-            num_layers=2, num_heads=2, dim=16, vocab_size=11, num_landscapes=2, **model
-        ),
-        refine=RefineSetup(num_landscapes=2, noise_std=0.3),
-    )
-    objective = build_objective(config)
-    params = objective.init(jax.random.key(0))
-    rows, key, num_steps = jnp.arange(3), jax.random.key(5), 3
-    tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, 11)
-    batch = {"tokens": tokens, "weights": jnp.ones((3, 9)), "index": rows + 4}
-    whole = jax.jit(objective.predict, static_argnums=3)(params, batch, key, num_steps)
-    lengths = jnp.array([3, 1, 5])
-    decoder = objective.decoder
-    predict = jax.jit(decoder.predict, static_argnums=4)
-    append = jax.jit(decoder.append)
-    cache = decoder.prefill(params, tokens, lengths)
-    for made in range(4):
-        logits = predict(params, cache, rows + 4, key, num_steps)
-        expected = whole[rows, lengths + made - 1]
-        scale = jnp.abs(expected).max()
-        np.testing.assert_allclose(logits / scale, expected / scale, atol=3e-4)
-        cache = append(params, cache, tokens[rows, lengths + made])
+    assert new.tokens.tolist() == [best[3], best[best[3]], best[best[best[3]]]]
 
 
 def test_the_seed_decides():
@@ -123,58 +96,193 @@ def test_the_seed_decides():
         seed=seed,
     )
     first, again, other = draw(0), draw(0), draw(1)
-    np.testing.assert_array_equal(first, again)
-    assert (first[0] != other[0]).any()
-    assert (first[0] != first[1]).any()  # equal prompts draw differently
-    assert len(set(first[0].tolist())) > 8  # and not the same at every position
+    same(first, again)
+    assert (first[0].tokens != other[0].tokens).any()
+    assert (first[0].tokens != first[1].tokens).any()  # as equal prompts do
+    assert len(set(first[0].tokens.tolist())) > 8  # and not the same everywhere
 
 
-def test_num_steps_reaches_the_objective():
+def test_one_compiled_program_makes_any_number_of_tokens():
     seen = []
 
-    def predict(params, batch, key, num_steps):
-        seen.append(num_steps)
+    def predict(params, batch, key, thinking):
+        seen.append(thinking)
         return jnp.zeros((*batch["tokens"].shape, VOCAB))
 
+    thinking = Thinking(7, best_of=2, tolerance=0.5)
     objective = with_predict(predict)
-    generate_ids(
-        objective, {}, PROMPTS, context=8, new_tokens=5, num_steps=7, sampling=GREEDY
+    for new_tokens, on_tokens in ((PIECE + 5, None), (3, lambda row, new: None)):
+        made = generate_ids(
+            objective,
+            {},
+            PROMPTS,
+            context=16,
+            new_tokens=new_tokens,
+            thinking=thinking,
+            sampling=GREEDY,
+            on_tokens=on_tokens,
+        )
+        assert [len(x.tokens) for x in made] == [new_tokens] * len(PROMPTS)
+        assert set(made[0].num_steps.tolist()) == {7}
+    assert seen == [thinking]
+
+
+def test_samples_are_what_prompts_of_their_own_become():
+    """Prompts of other lengths, and contexts that fill up."""
+    objective = thinker()
+    params = objective.init(jax.random.key(0))
+    options = {"context": 8, "new_tokens": 6, "sampling": Sampling(1.0), "seed": 2}
+    made = generate_ids(objective, params, PROMPTS, samples=3, **options)
+    repeated = [prompt for prompt in PROMPTS for _ in range(3)]
+    same(made, generate_ids(objective, params, repeated, **options))
+    named = {"indices": [1, 0], "samples": 3}
+    again = generate_ids(objective, params, PROMPTS[1::-1], **named, **options)
+    same(again, [*made[3:6], *made[:3]])
+    assert any((made[0].tokens != other.tokens).any() for other in made[1:3])
+
+
+def test_continuations_come_prompt_by_prompt():
+    made = generate(
+        counter(),
+        {},
+        Bytes(),
+        ["a", "0"],
+        context=8,
+        new_tokens=2,
+        samples=2,
+        sampling=GREEDY,
     )
-    assert seen == [7]  # and one compilation serves every token and length
+    assert [(x.prompt, x.sample, x.text) for x in made] == [
+        ("a", 0, "abc"),
+        ("a", 1, "abc"),
+        ("0", 0, "012"),
+        ("0", 1, "012"),
+    ]
+    assert bytes(made[0].tokens.tolist()) == b"bc"
+    assert made[0].num_steps.tolist() == [0, 0]
 
 
 def test_a_stop_token_ends_its_sequence_alone():
-    made = generate(
-        counter(), {}, Bytes(), ["a", "d", "z"], context=8, new_tokens=4, stop_token="e"
-    )
+    made = texts(counter(), ["a", "d", "z"], new_tokens=4, stop_tokens=["e"])
     assert made == ["abcd", "d", "z{|}~"]
-    by_id = generate(
-        counter(), {}, Bytes(), ["a"], context=8, new_tokens=9, stop_token=ord("c")
+    assert texts(counter(), ["a"], new_tokens=9, stop_tokens=[ord("c")]) == ["ab"]
+
+
+def test_the_first_of_several_stop_tokens_ends_a_sequence():
+    stops = ["e", ord("c"), "{"]
+    made = texts(counter(), ["a", "c", "z"], new_tokens=9, stop_tokens=stops)
+    assert made == ["ab", "cd", "z"]
+
+
+def test_a_sequence_that_goes_on_is_not_changed_by_one_that_has_stopped():
+    """Not even where the one that has stopped would have outgrown the context."""
+    objective = bigram()
+    params = objective.init(jax.random.key(0))
+    options = {"context": 6, "new_tokens": 9, "sampling": Sampling(1.0)}
+    prompts = [np.arange(6), np.array([3])]
+    free = generate_ids(objective, params, prompts, **options)
+    stop = int(free[0].tokens[0])
+    assert stop not in free[1].tokens
+    stopped, other = generate_ids(
+        objective, params, prompts, stop_ids=[stop], **options
     )
-    assert by_id == ["ab"]
+    assert len(stopped.tokens) == 0
+    same([other], free[1:])
+
+
+# Streams ------------------------------------------------------------------------------
+
+
+def streamed(*arguments, **options):
+    """Continuations, and the pieces of each."""
+    pieces = {}
+    on_text = lambda row, text: pieces.setdefault(row, []).append(text)
+    made = generate(*arguments, on_text=on_text, **options)
+    return made, pieces
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_pieces_add_up_to_the_text(temperature):
+    """Whatever bytes there are, and where contexts fill up at different times."""
+    objective = thinker()
+    params = objective.init(jax.random.key(0))
+    options = {
+        "context": 8,
+        "new_tokens": 11,
+        "samples": 2,
+        "sampling": Sampling(temperature),
+        "stop_tokens": [10],
+    }
+    arguments = objective, params, Bytes(), ["Ein", "Bär"]
+    made, pieces = streamed(*arguments, **options)
+    assert ["".join(pieces[row]) for row in range(4)] == [x.text for x in made]
+    same(made, generate(*arguments, **options))
+    assert pieces[0][0] == "Ein" and len(pieces[0]) > 2
+
+
+def test_a_character_is_shown_when_its_last_byte_is_there():
+    letters = list("aé€𝄞".encode())
+    assert len(set(letters)) == len(letters)
+    following = jnp.zeros(VOCAB, jnp.int32)
+    following = following.at[jnp.array(letters)].set(jnp.roll(jnp.array(letters), -1))
+
+    def predict(params, batch, key, thinking):
+        return jax.nn.one_hot(following[batch["tokens"]], VOCAB)
+
+    made, pieces = streamed(
+        with_predict(predict),
+        {},
+        Bytes(),
+        ["a"],
+        context=32,
+        new_tokens=18,
+        sampling=GREEDY,
+    )
+    text = "aé€𝄞aé€𝄞".encode()[:19].decode(errors="replace")
+    assert made[0].text == "".join(pieces[0]) == text
+    assert text.endswith("\ufffd")  # the end is what it is
+    assert not any("\ufffd" in piece for piece in pieces[0][:-1])
+
+
+def test_a_stream_of_tokens_begins_with_none_and_adds_up():
+    seen = []
+    (made,) = generate_ids(
+        counter(),
+        {},
+        [[97]],
+        context=8,
+        new_tokens=10,
+        sampling=GREEDY,
+        on_tokens=lambda row, tokens: seen.append((row, tokens.tolist())),
+    )
+    assert seen[0] == (0, [])
+    assert sum((tokens for _, tokens in seen), []) == made.tokens.tolist()
+    assert len(seen) > 3 and all(row == 0 for row, _ in seen)
+
+
+# The tokenizer ------------------------------------------------------------------------
 
 
 def test_a_character_may_begin_in_the_prompt_and_end_in_the_continuation():
     first, second = "é".encode()
 
-    def predict(params, batch, key, num_steps):
+    def predict(params, batch, key, thinking):
         return jax.nn.one_hot(jnp.full(batch["tokens"].shape, second), VOCAB)
 
     class Halves(Bytes):
         def encode(self, text, /):
             return np.array([first], np.int32)
 
-    objective = with_predict(predict)
-    assert generate(objective, {}, Halves(), ["?"], context=4, new_tokens=1) == ["é"]
+    assert texts(with_predict(predict), ["?"], Halves(), new_tokens=1) == ["é"]
 
 
 def test_tokens_that_the_tokenizer_lacks_are_never_chosen():
     objective = with_predict(
-        lambda p, batch, k, n: jnp.broadcast_to(
+        lambda p, batch, k, t: jnp.broadcast_to(
             jnp.arange(300.0), (*batch["tokens"].shape, 300)
         )
     )
-    assert generate(objective, {}, Bytes(), ["a"], context=4, new_tokens=1)[0][0] == "a"
+    assert texts(objective, ["a"], new_tokens=1)[0][0] == "a"
     (new,) = generate_ids(
         objective,
         {},
@@ -184,39 +292,10 @@ def test_tokens_that_the_tokenizer_lacks_are_never_chosen():
         vocab_size=VOCAB,
         sampling=GREEDY,
     )
-    assert new == [VOCAB - 1]
+    assert new.tokens.tolist() == [VOCAB - 1]
 
 
-def drawn(sampling, probabilities=(0.4, 0.3, 0.2, 0.1), draws=4000):
-    logits = jnp.broadcast_to(jnp.log(jnp.array(probabilities)), (draws, 4))
-    keys = jax.random.split(jax.random.key(0), draws)
-    return np.bincount(choose(logits, keys, sampling), minlength=4) / draws
-
-
-def test_sampling_follows_the_probabilities():
-    np.testing.assert_allclose(drawn(Sampling(1.0)), [0.4, 0.3, 0.2, 0.1], atol=0.03)
-    square_root = np.sqrt([0.4, 0.3, 0.2, 0.1])
-    np.testing.assert_allclose(
-        drawn(Sampling(2.0)), square_root / square_root.sum(), atol=0.03
-    )
-
-
-@pytest.mark.parametrize(
-    ("sampling", "left"),
-    [
-        (Sampling(1.0, top_k=2), [0.4, 0.3, 0, 0]),
-        (Sampling(1.0, top_k=9), [0.4, 0.3, 0.2, 0.1]),
-        (Sampling(1.0, top_p=0.69), [0.4, 0.3, 0, 0]),
-        (Sampling(1.0, top_p=0.71), [0.4, 0.3, 0.2, 0]),
-        (Sampling(1.0, top_p=1e-6), [1, 0, 0, 0]),
-        (Sampling(1.0, top_k=2, top_p=0.5), [1, 0, 0, 0]),  # 0.4 / 0.7 > 0.5
-        (Sampling(0.0, top_k=2), [1, 0, 0, 0]),
-    ],
-)
-def test_filters_leave_the_most_likely_tokens(sampling, left):
-    expected = np.array(left) / np.sum(left)
-    np.testing.assert_allclose(drawn(sampling), expected, atol=0.03)
-    assert (drawn(sampling)[expected == 0] == 0).all()
+# Errors -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,21 +304,23 @@ def test_filters_leave_the_most_likely_tokens(sampling, left):
         ({"prompts": ["ab", ""]}, "prompt '' has no tokens.*newline"),
         ({"prompts": ["abcdefghi"]}, "prompt 1 has 9 tokens.*context has 8"),
         ({"new_tokens": 0}, "new_tokens is 0.*at least 1"),
-        ({"temperature": -0.5}, "temperature is -0.5.*negative"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": -1}, "top_k is -1.*negative"),
-        ({"top_p": 0.0}, "top_p is 0.0.*above 0"),
-        ({"top_p": 1.5}, "top_p is 1.5.*at most 1"),
-        ({"stop_token": "ab"}, "stop token 'ab' is 2 tokens.*one"),
-        ({"stop_token": ""}, "stop token '' is 0 tokens.*one"),
-        ({"stop_token": 256}, "stop token is 256.*0 to 255"),
+        ({"samples": 0}, "samples is 0.*at least 1"),
+        ({"sampling": Sampling(-0.5)}, "temperature is -0.5.*negative"),
+        ({"thinking": Thinking(-1)}, "num_steps is -1.*trained number"),
+        ({"thinking": Thinking(best_of=0)}, "best_of is 0.*at least 1"),
+        ({"thinking": Thinking(tolerance=-0.5)}, "tolerance is -0.5.*negative"),
+        ({"thinking": Thinking(tolerance=float("nan"))}, "tolerance is nan"),
+        ({"stop_tokens": ["ab"]}, "stop token 'ab' is 2 tokens.*one"),
+        ({"stop_tokens": ["a", ""]}, "stop token '' is 0 tokens.*one"),
+        ({"stop_tokens": [256]}, "stop token is 256.*0 to 255"),
     ],
 )
 def test_errors(change, message):
-    options = {"prompts": ["ab"], "context": 8, "new_tokens": 1} | change
-    prompts = options.pop("prompts")
+    shown = []
+    options = {"prompts": ["ab"], "new_tokens": 1} | change
     with pytest.raises(UserError, match=message):
-        generate(counter(), {}, Bytes(), prompts, **options)
+        texts(counter(), on_text=lambda row, text: shown.append(text), **options)
+    assert not shown
 
 
 def test_an_empty_row_of_ids_is_an_error_and_no_prompts_are_none():
@@ -252,4 +333,9 @@ def test_an_empty_row_of_ids_is_an_error_and_no_prompts_are_none():
             new_tokens=1,
             sampling=GREEDY,
         )
-    assert generate(counter(), {}, Bytes(), [], context=8, new_tokens=1) == []
+    assert texts(counter(), [], new_tokens=1) == []
+
+
+def test_an_objective_without_a_decoder_cannot_generate():
+    with pytest.raises(ValueError, match="no decoder"):
+        texts(counter()._replace(decoder=None), ["a"], new_tokens=1)
