@@ -75,15 +75,20 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         )
     if settings.job == "compile":
         return bench_compiled.compiling(_deeper(settings), say)
+    if settings.job == "decode":
+        return bench_timed.decode(
+            [bench_config(settings, kind, first) for kind in models],
+            settings.batch,
+            settings.prompt,
+            settings.new,
+            settings.rounds,
+            say,
+        )
     groups = [
         [bench_config(settings, kind, batch) for kind in models]
         for batch in settings.batch
     ]
-    if settings.job == "train":
-        return bench_timed.train(groups, settings.steps, say)
-    return bench_timed.decode(
-        groups, settings.prompt, settings.new, settings.rounds, say
-    )
+    return bench_timed.train(groups, settings.steps, say)
 
 
 def bench_config(settings: Settings, kind: str, batch: int) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import statistics
 import sys
@@ -75,52 +76,64 @@ def train(groups: Sequence[Sequence[Config]], steps: int, say: Say) -> dict[str,
 
 
 def decode(
-    groups: Sequence[Sequence[Config]],
+    configs: Sequence[Config],
+    batches: Sequence[int],
     prompts: Sequence[int],
     new: int,
     rounds: int,
     say: Say,
 ) -> dict[str, Any]:
-    """Times generated tokens.
+    """Times generated tokens, those of all rows in alternation.
 
     Args:
-      groups: as for `train`.
-      prompts: tokens of each prompt; each number is measured with each group.
+      configs: resolved; if there are two, an EBT and a Transformer++ to compare.
+      batches: sequences at once; each number is measured with each prompt.
+      prompts: tokens of each prompt.
       new: tokens to add.
       rounds: generations to time, of which the median counts.
       say: told what is being done.
 
     Returns:
-      `rows`, one for each config and prompt, see `bench.bench`, with the `growth` of
-      `seconds` since the first prompt and the `batch_ratio` of tokens per second to
-      those of the first batch; `comparisons` with `time_ratio`; `peak_mib`.
+      `rows`, one for each batch, prompt and config, see `bench.bench`, with the
+      `growth` of `seconds` since the first prompt and the `batch_ratio` of tokens per
+      second to those of the first batch; `comparisons` with `time_ratio`; `peak_mib`.
     """
-    rows, comparisons = [], []
-    for group in groups:
-        for prompt in prompts:
-            calls = [_generation(config, prompt, new, say) for config in group]
-            timed = _alternate(calls, rounds, say)
-            for config, (compiling, times) in zip(group, timed, strict=True):
-                seconds = statistics.median(whole for _, whole in times) / new
-                start = statistics.median(start for start, _ in times)
-                row = _row(config, config.train.batch_size, seconds, compiling)
-                row |= {"prompt": prompt, "new": new, "first_seconds": start}
-                if seconds * new > start:  # else it is below the noise
-                    row["next_seconds"] = (seconds * new - start) / (new - 1)
-                rows.append(row)
-            if len(group) == 2:
-                ours, baseline = rows[-2:]
-                comparisons.append(
-                    {
-                        "batch": ours["batch"],
-                        "prompt": prompt,
-                        "time_ratio": ours["seconds"] / baseline["seconds"],
-                    }
-                )
+    generators = [_generator(config) for config in configs]
+    cases = [
+        (batch, prompt, config.model, generator)
+        for batch in batches
+        for prompt in prompts
+        for config, generator in zip(configs, generators, strict=True)
+    ]
+    calls = [
+        functools.partial(_generation, generator, model.vocab_size, batch, prompt, new)
+        for batch, prompt, model, generator in cases
+    ]
+    say(f"compiling {len(calls)} generations")
+    rows = []
+    for (batch, prompt, model, _), (compiling, times) in zip(
+        cases, _alternate(calls, rounds, say), strict=True
+    ):
+        first = statistics.median(first for first, _ in times)
+        whole = statistics.median(whole for _, whole in times)
+        row = _row(model.kind, batch, batch, whole / new, compiling)
+        row |= {"prompt": prompt, "new": new, "first_seconds": first}
+        if new > 1 and whole > first:  # else it is below the noise
+            row["next_seconds"] = (whole - first) / (new - 1)
+        rows.append(row)
     relative(rows, "growth", "seconds", ("model", "batch"))
     relative(rows, "batch_ratio", "tokens_per_second", ("model", "prompt"))
-    found = {"rows": rows, "peak_mib": peak_mib()}
-    return found | ({"comparisons": comparisons} if comparisons else {})
+    found: dict[str, Any] = {"rows": rows, "peak_mib": peak_mib()}
+    if len(configs) == 2:
+        found["comparisons"] = [
+            {
+                "batch": ours["batch"],
+                "prompt": ours["prompt"],
+                "time_ratio": ours["seconds"] / baseline["seconds"],
+            }
+            for ours, baseline in zip(rows[::2], rows[1::2], strict=True)
+        ]
+    return found
 
 
 def matmul_flops_per_second(dtype: str) -> float:
@@ -215,29 +228,27 @@ def _updates(config: Config, say: Say) -> Callable[[], Update]:
     return call
 
 
-def _generation(
-    config: Config, prompt: int, new: int, say: Say
-) -> Callable[[], tuple[float, float]]:
-    """Generates one token, then `new` of them; the seconds of both."""
+def _generator(config: Config) -> Callable[..., object]:
+    """`generate_ids` of a model that was not trained."""
     objective = build_objective(config)
     params = jax.jit(objective.init)(jax.random.key(0))
-    shape = (config.train.batch_size, prompt)
-    prompts = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
-    say(f"compiling the generation of {config.model.kind} from {prompt} tokens")
+    return functools.partial(generate_ids, objective, params, sampling=Sampling())
+
+
+def _generation(
+    generator: Callable[..., object], vocab: int, batch: int, prompt: int, new: int
+) -> tuple[float, float]:
+    """Seconds to generate one token, and `new` of them."""
+    prompts = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
 
     def seconds(length: int) -> float:
         begin = time.perf_counter()
-        generate_ids(
-            objective,
-            params,
-            list(prompts.astype(np.int32)),
-            context=prompt + new,
-            new_tokens=length,
-            sampling=Sampling(),
+        generator(
+            list(prompts.astype(np.int32)), context=prompt + new, new_tokens=length
         )
         return time.perf_counter() - begin
 
-    return lambda: (seconds(1), seconds(new))
+    return seconds(1), seconds(new)
 
 
 def _train_row(
@@ -246,16 +257,16 @@ def _train_row(
     batch, seq = config.train.batch_size, config.data.context
     flops = _mean_flops(config)
     seconds = flops * _seconds_per_flop(updates)
-    row = _row(config, batch * seq, seconds, compiling)
+    row = _row(config.model.kind, batch, batch * seq, seconds, compiling)
     return row | {"seq": seq, "flops_per_token": flops}
 
 
 def _row(
-    config: Config, tokens: int, seconds: float, compiling: float
+    kind: str, batch: int, tokens: int, seconds: float, compiling: float
 ) -> dict[str, Any]:
     return {
-        "model": config.model.kind,
-        "batch": config.train.batch_size,
+        "model": kind,
+        "batch": batch,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "compile_seconds": compiling,
