@@ -148,10 +148,17 @@ def _generate(values: flags.FlagValues) -> None:
 
     thinking = Thinking(values.num_steps, values.best_of, values.tolerance)
     path, config = checkpoint.open_workdir(workdir)
+    landscapes, most = config.refine.num_landscapes, config.refine.num_steps
     if config.model.kind != "ebt" and thinking != AS_TRAINED:
         raise UserError(
             f"the run's model is a {config.model.kind}, which predicts in one pass; "
             "leave out --num_steps, --best_of and --tolerance"
+        )
+    if values.tolerance is not None and (values.num_steps or most) <= landscapes:
+        raise UserError(
+            f"--tolerance={values.tolerance} has nothing to end: a step in each "
+            f"landscape is always taken, and there are {landscapes}; give a larger "
+            "--num_steps, the most of them"
         )
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
@@ -344,7 +351,7 @@ VERBS = {
             Flag("best_of", "candidates a token; the lowest energy wins", 1, POSITIVE),
             Flag(
                 "tolerance",
-                "refines until the energy falls by no more; --num_steps is the most",
+                "refines until an energy falls by no more; --num_steps is the most",
                 None,
                 FLOAT,
             ),
@@ -416,6 +423,13 @@ VERBS = {
             Flag("steps", "train: updates that are timed", BENCH.steps, POSITIVE),
             Flag("prompt", "decode: tokens of a prompt; one or several numbers", "16"),
             Flag("new", "decode: tokens added to each prompt", BENCH.new, POSITIVE),
+            NUM_STEPS,
+            Flag(
+                "best_of",
+                "decode: candidates for a token, of which the best is taken",
+                BENCH.best_of,
+                POSITIVE,
+            ),
             Flag(
                 "rounds",
                 "decode: generations that are timed; with a peer: alternations",

@@ -117,6 +117,20 @@ def test_help_does_not_wait_for_jax():
         ),
         (["evaluate"], "--workdir is missing"),
         (["generate", "--workdir=x"], "--prompt is missing"),
+        (["generate", "--workdir=x", "--prompt=a", "--samples=0"], "--samples=0"),
+        (["generate", "--workdir=x", "--prompt=a", "--best_of=0"], "--best_of=0"),
+        (
+            ["generate", "--workdir=x", "--prompt=a", "--prompt=b", "--stream"],
+            "--stream prints the text of one continuation, not of 2",
+        ),
+        (
+            ["generate", "--workdir=x", "--prompt=a", "--samples=3", "--stream"],
+            "--stream prints the text of one continuation, not of 3",
+        ),
+        (
+            ["generate", "--workdir=x", "--prompt=a", "--json", "--stream"],
+            "--stream prints the text of one continuation, --json prints whole ones",
+        ),
         (["prepare", "--output=x"], "--path is missing"),
         (["prepare", "--path=x"], "--output is missing"),
         (["prepare", "--config.data.path=x"], "--config.data.path changes a config"),
@@ -206,7 +220,19 @@ def test_another_config_in_the_workdir(fails, folder, workdir):
         (["generate", "--prompt=a", "--temperature=-1"], "temperature is -1"),
         (["generate", "--prompt=a", "--top_p=2"], "top_p is 2"),
         (["generate", "--prompt=a", "--stop=ab"], "stop token 'ab' is 2 tokens"),
+        (
+            ["generate", "--prompt=a", "--stop=b", "--stop="],
+            "stop token '' is 0 tokens",
+        ),
         (["generate", "--prompt=a", "--new=0"], "new_tokens is 0"),
+        (
+            ["generate", "--prompt=a", "--num_steps=1", "--tolerance=1"],
+            "nothing to end",
+        ),
+        (
+            ["generate", "--prompt=a", "--num_steps=9", "--tolerance=-1"],
+            "tolerance is -1.0",
+        ),
     ],
 )
 def test_mistakes_with_a_trained_run(fails, workdir, argv, message):
@@ -303,6 +329,48 @@ def test_generate_continues_every_prompt(capsys, workdir):
     prompts = ["--prompt=Energy", "--prompt", "ans"]
     text = output(capsys, "generate", f"--workdir={workdir}", *prompts, "--new=3")
     assert text.startswith("Energy") and "\n\nans" in text
+
+
+def test_generate_prints_lines_of_json(capsys, workdir):
+    flags = [f"--workdir={workdir}", "--json", "--new=4", "--samples=2", "--stop=b"]
+    thinking = ["--num_steps=5", "--best_of=2", "--tolerance=0.01"]
+    prompts = ["--prompt=Energy", "--prompt=ans"]
+    lines = output(capsys, "generate", *flags, *thinking, *prompts).splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [(row["prompt"], row["sample"]) for row in rows] == [
+        ("Energy", 0),
+        ("Energy", 1),
+        ("ans", 0),
+        ("ans", 1),
+    ]
+    for row in rows:
+        text = row["prompt"].encode() + bytes(row["tokens"])
+        assert row["text"] == text.decode(errors="replace")
+        assert 1 <= row["refinement_steps"] <= 5
+    plain = output(capsys, "generate", *flags[:1], *flags[2:], *thinking, *prompts)
+    assert plain == "\n\n".join(row["text"] for row in rows) + "\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stream_prints_the_same_text(capsys, workdir, monkeypatch, terminal):
+    """It is the default where one text goes to a terminal."""
+    flags = [f"--workdir={workdir}", "--prompt=Energy", "--new=9"]
+    whole = output(capsys, "generate", *flags, "--nostream")
+    writes = []
+    write = sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys.stdout, "write", lambda x: writes.append(x) or write(x))
+    assert output(capsys, "generate", *flags) == whole
+    assert (writes[0] == "Energy") == terminal
+
+
+def test_a_baseline_does_not_think(fails, workdir, tmp_path):
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["kind"] = "transformer_pp"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for flag in ("--num_steps=3", "--best_of=2", "--tolerance=0.1"):
+        message = fails(["generate", f"--workdir={tmp_path}", "--prompt=a", flag])
+        assert "a transformer_pp, which predicts in one pass; leave out" in message
 
 
 def test_inspect_runs_nothing(capsys, folder, tmp_path, monkeypatch):
