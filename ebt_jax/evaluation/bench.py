@@ -27,6 +27,7 @@ from ebt_jax.evaluation import bench_compiled, bench_timed
 from ebt_jax.evaluation.bench_settings import Settings
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.thinking import Thinking
 from ebt_jax.training.config import Config, OptimConfig, TrainConfig, resolve
 
 
@@ -81,6 +82,7 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
             settings.batch,
             settings.prompt,
             settings.new,
+            Thinking(settings.num_steps, settings.best_of),
             settings.rounds,
             say,
         )
@@ -145,6 +147,8 @@ def about(settings: Settings) -> dict[str, Any]:
         "candidate_input": settings.candidate_input,
         "conditioning": config.model.conditioning,
     }
+    if settings.job == "decode":
+        ebt |= {"num_steps": settings.num_steps, "best_of": settings.best_of}
     device = jax.devices()[0]
     return {
         "job": settings.job,

@@ -33,6 +33,8 @@ class Settings:
     seq_to: int = 0  # memory: sequences double from seq up to this; 0: only seq
     prompt: tuple[int, ...] = (16,)  # decode: tokens of a prompt; one row for each
     new: int = 32  # decode: tokens added to each prompt
+    num_steps: int = 0  # decode: refinement steps of a token; 0: as trained
+    best_of: int = 1  # decode: candidates for a token, of which the best is taken
     steps: int = 8  # train: updates that are timed
     rounds: int = 3  # decode: generations that are timed; with a peer: alternations
     layers_to: int = 24  # compile: the model is compiled with so many blocks, too
@@ -50,6 +52,7 @@ class Settings:
             "vocab",
             "seq",
             "new",
+            "best_of",
             "steps",
             "rounds",
             "layers_to",
@@ -61,7 +64,7 @@ class Settings:
             numbers = value if isinstance(value, tuple) else (value,)
             if not numbers or min(numbers) < 1:
                 raise UserError(f"bench {name} is {value}, but has to be at least 1")
-        for name in ("layers", "refine_steps", "seq_to"):
+        for name in ("layers", "refine_steps", "seq_to", "num_steps"):
             if getattr(self, name) < 0:
                 raise UserError(
                     f"bench {name} is {getattr(self, name)}, but has to be 0 or more"

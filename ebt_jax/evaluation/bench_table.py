@@ -75,6 +75,8 @@ HEADING = (
     "job",
     "system",
     "refine_steps",
+    "num_steps",
+    "best_of",
     "candidate_input",
     "conditioning",
     "size",

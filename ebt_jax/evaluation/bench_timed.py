@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebt_jax.evaluation.flops import analytic_flops, mean_steps
-from ebt_jax.evaluation.generation import Sampling, generate_ids
+from ebt_jax.evaluation.generation import generate_ids
+from ebt_jax.evaluation.sampling import Sampling
+from ebt_jax.thinking import Thinking
 from ebt_jax.training.config import Config
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
@@ -80,6 +82,7 @@ def decode(
     batches: Sequence[int],
     prompts: Sequence[int],
     new: int,
+    thinking: Thinking,
     rounds: int,
     say: Say,
 ) -> dict[str, Any]:
@@ -90,6 +93,7 @@ def decode(
       batches: sequences at once; each number is measured with each prompt.
       prompts: tokens of each prompt.
       new: tokens to add.
+      thinking: how the EBT refines each.
       rounds: generations to time, of which the median counts.
       say: told what is being done.
 
@@ -98,7 +102,7 @@ def decode(
       `growth` of `seconds` since the first prompt and the `batch_ratio` of tokens per
       second to those of the first batch; `comparisons` with `time_ratio`; `peak_mib`.
     """
-    generators = [_generator(config) for config in configs]
+    generators = [_generator(config, thinking) for config in configs]
     cases = [
         (batch, prompt, config.model, generator)
         for batch in batches
@@ -228,11 +232,13 @@ def _updates(config: Config, say: Say) -> Callable[[], Update]:
     return call
 
 
-def _generator(config: Config) -> Callable[..., object]:
+def _generator(config: Config, thinking: Thinking) -> Callable[..., object]:
     """`generate_ids` of a model that was not trained."""
     objective = build_objective(config)
     params = jax.jit(objective.init)(jax.random.key(0))
-    return functools.partial(generate_ids, objective, params, sampling=Sampling())
+    return functools.partial(
+        generate_ids, objective, params, sampling=Sampling(), thinking=thinking
+    )
 
 
 def _generation(

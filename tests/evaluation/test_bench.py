@@ -62,7 +62,9 @@ def test_batches_and_prompts_are_rows_with_their_ratios(monkeypatch):
 
     calls = []
     monkeypatch.setattr(bench_timed, "_generation", generation)
-    monkeypatch.setattr(bench_timed, "_generator", lambda config: config.model.kind)
+    monkeypatch.setattr(
+        bench_timed, "_generator", lambda config, thinking: config.model.kind
+    )
     result = run("decode", model="both", batch=(1, 4), prompt=(2, 5))
     models = ("ebt", "transformer_pp")
     rows = {(r["model"], r["batch"], r["prompt"]): r for r in result["rows"]}
@@ -158,13 +160,15 @@ def test_a_table_is_aligned_and_leaves_out_empty_columns():
 
 
 def test_json_is_one_line_with_what_scripts_rely_on(capsys):
-    assert cli.run(["bench", "decode", *FLAGS, "--json"]) == 0
+    thinking = ["--num_steps=3", "--best_of=2"]
+    assert cli.run(["bench", "decode", *FLAGS, *thinking, "--json"]) == 0
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and not err
     result = json.loads(out)
     assert {"seconds", "tokens_per_second", "peak_mib", *WHERE} <= set(result)
     assert not {"rows", "comparisons", "growth", "batch_ratio"} & set(result)
     assert result["tokens_per_second"] * result["seconds"] == pytest.approx(2)
+    assert (result["num_steps"], result["best_of"]) == (3, 2)
     assert result["first_seconds"] > 0 and result["compile_seconds"] > 0
 
 
