@@ -373,7 +373,7 @@ VERBS = {
         config="required",
     ),
     "bench": Verb(
-        summary="time training and generation, or a peer; memory, compile time",
+        summary="time training and generation; memory; compile time",
         details="train    whole optimiser updates, their FLOPs and MFU\n"
         "decode   generated tokens, one after the other\n"
         "memory   of the compiled training step; runs nothing\n"
@@ -396,7 +396,7 @@ VERBS = {
             Flag("layers", "blocks; 0: the size's", BENCH.layers, COUNT),
             Flag(
                 "refine_steps",
-                "refinement steps; 0: 2 in System 1, 2 or 3 in System 2",
+                "refinement steps; 0: 2 in System 1, 2-3 in System 2",
                 BENCH.refine_steps,
                 COUNT,
             ),
@@ -432,7 +432,7 @@ VERBS = {
             ),
             Flag(
                 "rounds",
-                "decode: generations that are timed; with a peer: alternations",
+                "decode: timed generations; with a peer: alternations",
                 BENCH.rounds,
                 POSITIVE,
             ),
