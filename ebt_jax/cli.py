@@ -373,7 +373,7 @@ VERBS = {
         config="required",
     ),
     "bench": Verb(
-        summary="time training and generation; memory; compile time",
+        summary="time training or generation; memory, compiling",
         details="train    whole optimiser updates, their FLOPs and MFU\n"
         "decode   generated tokens, one after the other\n"
         "memory   of the compiled training step; runs nothing\n"
@@ -432,7 +432,7 @@ VERBS = {
             ),
             Flag(
                 "rounds",
-                "decode: timed generations; with a peer: alternations",
+                "decode: timed generations; --peer: alternations",
                 BENCH.rounds,
                 POSITIVE,
             ),
