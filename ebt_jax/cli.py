@@ -426,7 +426,7 @@ VERBS = {
             NUM_STEPS,
             Flag(
                 "best_of",
-                "decode: candidates for a token, of which the best is taken",
+                "decode: candidates for a token",
                 BENCH.best_of,
                 POSITIVE,
             ),
