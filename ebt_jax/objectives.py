@@ -99,6 +99,8 @@ class Decoder(NamedTuple):
     """How sequences are continued without encoding them anew for each token.
 
     Attributes:
+      prepare: `(params) -> params` for the functions below, which take them with and
+        without; they read prepared ones faster. Not to be called under `jit`.
       prefill: `(params, tokens, lengths) -> cache`; tokens `[batch, capacity]`, with
         anything behind the end of a sequence, lengths `[batch]`, at least 1.
       predict: `(params, cache, index, key, thinking) -> Thought`, what follows each
@@ -109,6 +111,7 @@ class Decoder(NamedTuple):
         that outgrows the capacity is lost; no other is.
     """
 
+    prepare: Callable[[PyTree], PyTree]
     prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
     predict: Callable[[PyTree, PyTree, jax.Array, jax.Array, Thinking], Thought]
     append: Callable[[PyTree, PyTree, jax.Array], PyTree]
@@ -143,6 +146,7 @@ class Caching(NamedTuple):
     """Sequences that are encoded once and grow by a token at a time.
 
     Attributes:
+      prepare: as in `Decoder`.
       prefill: as in `Decoder`.
       append: as in `Decoder`.
       following: `(params, cache) ->` what follows each sequence, `[batch, 1, ...]`: of
@@ -151,6 +155,7 @@ class Caching(NamedTuple):
       length: `(cache) -> [batch]`, tokens of each sequence.
     """
 
+    prepare: Callable[[PyTree], PyTree]
     prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
     append: Callable[[PyTree, PyTree, jax.Array], PyTree]
     following: Callable[[PyTree, PyTree], PyTree]
@@ -480,7 +485,7 @@ def _decoder(
     if caching is None:
         return None
     predict = functools.partial(predict_next, caching)
-    return Decoder(caching.prefill, predict, caching.append)
+    return Decoder(caching.prepare, caching.prefill, predict, caching.append)
 
 
 def _training_keys(key: jax.Array, batch: Batch) -> jax.Array:

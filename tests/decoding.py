@@ -25,4 +25,5 @@ def recomputing(predict):
         tokens, lengths = cache
         return tokens.at[jnp.arange(len(lengths)), lengths].set(new), lengths + 1
 
-    return Decoder(lambda params, *cache: cache, predict_next, append)
+    prepare = lambda params: params
+    return Decoder(prepare, lambda params, *cache: cache, predict_next, append)

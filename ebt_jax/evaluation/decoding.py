@@ -40,7 +40,7 @@ def encode(
     Returns:
       The cache, of batch * samples sequences.
     """
-    prefill = _decoder(objective).prefill
+    prefill = decoder_of(objective).prefill
     cache = prefill(params, tokens, lengths)
     if samples == 1:
         return cache
@@ -104,7 +104,7 @@ def extend(
       The cache, tokens `[batch, PIECE]` with `NONE` from where a sequence has stopped,
       refinement steps `[batch, PIECE]`, `stopped`, and how many columns were made.
     """
-    decoder = _decoder(objective)
+    decoder = decoder_of(objective)
     predict_key, sample_key = jax.random.split(key)
     fold = jax.vmap(jax.random.fold_in)
     keys = fold(jnp.broadcast_to(sample_key, index.shape), index)
@@ -129,7 +129,8 @@ def extend(
     return jax.lax.while_loop(goes_on, body, carry)
 
 
-def _decoder(objective: Objective) -> Decoder:
+def decoder_of(objective: Objective) -> Decoder:
+    """The decoder of an objective; a ValueError where there is none."""
     if objective.decoder is None:
         raise ValueError("the objective has no decoder; its model cannot generate")
     return objective.decoder

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ebt_jax.errors import UserError
-from ebt_jax.evaluation.decoding import NONE, PIECE, encode, extend
+from ebt_jax.evaluation.decoding import NONE, PIECE, decoder_of, encode, extend
 from ebt_jax.evaluation.sampling import Sampling, check_sampling
 from ebt_jax.objectives import Objective
 from ebt_jax.refine import PyTree
@@ -209,6 +209,7 @@ def generate_ids(
     numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
     index = (numbers[:, None] * samples + np.arange(samples)).reshape(-1)
     windows = [[int(token) for token in prompt] for prompt in prompts]
+    params = decoder_of(objective).prepare(params)
     step = functools.partial(
         extend,
         params=params,

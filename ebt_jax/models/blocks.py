@@ -153,8 +153,25 @@ def fused(config: ModelConfig, parts: int, features: int) -> nn.DenseGeneral:
         return jnp.stack([one(key) for key in keys], axis=1).reshape(shape)
 
     return nn.DenseGeneral(
-        (parts, features), use_bias=False, dtype=_compute(config), kernel_init=init
+        (parts, features),
+        use_bias=False,
+        dtype=_compute(config),
+        kernel_init=init,
+        dot_general=_one_product,
     )
+
+
+def _one_product(
+    x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any
+) -> jax.Array:
+    """`lax.dot_general` with all outputs of the kernel on one axis.
+
+    With two, the derivative with respect to x contracts over two, for which XLA copies
+    the kernel, transposed.
+    """
+    flat = kernel.reshape(kernel.shape[0], -1)
+    product = jax.lax.dot_general(x, flat, dimensions, **options)
+    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def modulation(config: ModelConfig, parts: int) -> nn.Dense:

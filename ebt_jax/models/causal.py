@@ -284,6 +284,22 @@ def append(
     return Cache(keys, values, cache.lengths + 1, last)
 
 
+def with_blocks_apart(config: ModelConfig, params: PyTree) -> PyTree:
+    """The same parameters with a list of blocks, for reading them over and over.
+
+    XLA copies what it slices from an array, here all weights of the blocks for each
+    token. Where there are more blocks than are unrolled, nothing changes.
+    """
+    if config.layers > config.unroll:
+        return params
+    return {**params, "blocks": _apart(params["blocks"], config.layers)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _apart(stacked: PyTree, parts: int) -> list[PyTree]:
+    return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(parts)]
+
+
 def next_context(config: ModelConfig, cache: Cache, samples: int = 1) -> Context:
     """The context of so many candidates for each sequence, all for its next token."""
     rows = jnp.broadcast_to(cache.lengths[:, None] - 1, (len(cache.lengths), samples))
@@ -340,6 +356,12 @@ def _blocks(
         block = {"params": weights}
         return Block(config).apply(block, x, turns, visible, condition, past)
 
+    if isinstance(params["blocks"], list):  # see `with_blocks_apart`
+        made = []
+        for i, weights in enumerate(params["blocks"]):
+            x, own = layer(x, (weights, jax.tree.map(lambda a, i=i: a[i], past)))
+            made.append(own)
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *made)
     unrolled = config.layers <= config.unroll
     inputs = (params["blocks"], past)
     return jax.lax.scan(_remat(config, layer), x, inputs, unroll=unrolled)

@@ -91,6 +91,7 @@ def transformer_pp(config: ModelConfig) -> FeedForward:
 
 def _caching(config: ModelConfig, following: Callable[..., PyTree]) -> Caching:
     return Caching(
+        prepare=functools.partial(causal.with_blocks_apart, config),
         prefill=functools.partial(causal.prefill, config),
         append=functools.partial(causal.append, config),
         following=following,

@@ -41,7 +41,6 @@ def trained(name):
         dim=16,
         vocab_size=VOCAB,
         num_landscapes=2,
-        unroll=0,
         **MODELS[name],
     )
     refine = RefineSetup(num_landscapes=2, noise_std=0.3, step_size=0.1)
@@ -63,6 +62,7 @@ def close(logits, expected):
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_logits_are_those_of_the_whole_sequence(name):
     objective, params = trained(name)
+    prepared = objective.decoder.prepare(params)
     thinking = Thinking(3, best_of=2 if name == "time_embed" else 1)
     rows, key = jnp.arange(3), jax.random.key(5)
     tokens = jax.random.randint(jax.random.key(1), (3, CONTEXT), 0, VOCAB)
@@ -73,14 +73,14 @@ def test_cached_logits_are_those_of_the_whole_sequence(name):
     decoder = objective.decoder
     predict = jit(decoder.predict, static_argnums=4)
     append = jit(decoder.append)
-    cache = jit(decoder.prefill)(params, tokens, lengths)
+    cache = jit(decoder.prefill)(prepared, tokens, lengths)
     for made in range(5):
-        thought = predict(params, cache, rows + 4, key, thinking)
+        thought = predict(prepared, cache, rows + 4, key, thinking)
         close(thought.candidate, whole[rows, lengths + made - 1])
         steps = 0 if name == "transformer_pp" else 3
         assert thought.num_steps.tolist() == [steps] * 3
         if made < 4:
-            cache = append(params, cache, tokens[rows, lengths + made])
+            cache = append(prepared, cache, tokens[rows, lengths + made])
 
 
 @pytest.mark.parametrize("name", ["time_embed", "transformer_pp"])
