@@ -38,12 +38,12 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """
     logits = logits.astype(jnp.float32)
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _argmax(logits)
     vocab = logits.shape[-1]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(keys)
     scaled = logits / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1:
-        return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)  # spares a sort
+        return _argmax(scaled + noise)  # spares a sort
     ranked, tokens = jax.lax.top_k(scaled, min(sampling.top_k or vocab, vocab))
     # Noise belongs to the token, not to its rank: a near tie cannot change the draw.
     noisy = ranked + jnp.take_along_axis(noise, tokens, axis=-1)
@@ -54,6 +54,16 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
         noisy = jnp.where(kept, noisy, -jnp.inf)
     best = jnp.argmax(noisy, axis=-1)
     return jnp.take_along_axis(tokens, best[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """The first largest entry of each row, int32 `[batch]`; the last among NaN.
+
+    Several times as fast as `jnp.argmax` on a CPU, which compares pairs one by one.
+    """
+    places = jnp.arange(x.shape[-1], dtype=jnp.int32)[None]
+    largest = x == x.max(axis=-1, keepdims=True)
+    return jnp.where(largest, places, x.shape[-1] - 1).min(axis=-1)
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -49,6 +49,14 @@ def test_all_tokens_are_drawn_alike_with_and_without_a_sort():
     assert (whole != choose(logits, keys, Sampling())).any()
 
 
+def test_the_likeliest_token_is_the_first_largest_logit():
+    logits = jnp.array([[0.0, 2, 1, 2], [3, -1, -1, 3], [-4, -3, -2, -1], [0, 0, 0, 0]])
+    keys = jax.random.split(jax.random.key(0), len(logits))
+    assert choose(logits, keys, Sampling()).tolist() == [1, 0, 3, 0]
+    nothing = choose(jnp.full((1, 4), jnp.nan), keys[:1], Sampling())
+    assert 0 <= nothing[0] < 4
+
+
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
