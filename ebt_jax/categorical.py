@@ -49,9 +49,10 @@ class Categorical(NamedTuple):
 
     Attributes:
       tables: names of the parameters that have a row for each entry of the vocabulary;
-        no other function than `table` and `embed` uses them.
+        no other function than `table` and `token_table` uses them.
       table: `(params) -> [vocab, dim]`, W.
-      embed: `(params, batch) -> [batch, seq, dim]`, what contexts are encoded from.
+      token_table: `(params) -> [vocab, dim]`, whose rows contexts are encoded from.
+      dtype: of products and activations; None for that of the parameters.
       encode: `(params, embedded, batch, landscape) -> past`, float arrays, what
         candidates see in one landscape.
       energy: `(params, past, batch, index, x, landscape) -> [batch, seq]`, energies by
@@ -62,7 +63,8 @@ class Categorical(NamedTuple):
 
     tables: tuple[str, ...]
     table: Callable[[PyTree], jax.Array]
-    embed: Callable[[PyTree, Batch], jax.Array]
+    token_table: Callable[[PyTree], jax.Array]
+    dtype: Any
     encode: Callable[..., PyTree]
     energy: Callable[..., jax.Array]
     num_contexts: int
@@ -127,9 +129,10 @@ def loss_and_gradient(
     """
     tables = {name: params[name] for name in model.tables}
     network = {name: p for name, p in params.items() if name not in tables}
-    (table, embedded), pull_tables = jax.vjp(
-        lambda tables: (model.table(tables), model.embed(tables, batch)), tables
+    (table, token_table), pull_tables = jax.vjp(
+        lambda tables: (model.table(tables), model.token_table(tables)), tables
     )
+    embedded = token_table[batch["tokens"]].astype(model.dtype or token_table.dtype)
     count, length = batch["weights"].shape
     groups, parts = _layout(count, length, setup.block)
     predictions = {
@@ -148,7 +151,7 @@ def loss_and_gradient(
         "network": jax.tree.map(jnp.zeros_like, network),
         "table": jnp.zeros_like(table),
         "every_entry": jnp.zeros_like(table[0]),
-        "step_size": jnp.zeros_like(plan.step_size),
+        "step_size": jnp.zeros((), table.dtype),
         "steps": {
             name: jnp.zeros(len(plan.schedule.landscape), table.dtype)
             for name in ("loss", "energy", "gradient_norm")
@@ -197,13 +200,17 @@ def loss_and_gradient(
     embedded_bar = embedded_bar.swapaxes(0, 1).reshape(embedded.shape)
     table_bar = sums["table"]
     if config.label_smoothing:
-        table_bar = table_bar + sums["every_entry"]
-    (tables_bar,) = pull_tables((table_bar, embedded_bar))
-    gradient = {**sums["network"], **tables_bar, "step_size": sums["step_size"]}
+        table_bar = table_bar + sums["every_entry"][None]
     steps = sums["steps"]
     loss = steps["loss"][plan.schedule.length - 1]
     if config.loss_steps == "all":
         loss = steps["loss"].sum() / plan.schedule.length
+    # Zeros that wait for the loss: others would be made at once, and kept all the while.
+    token_bar = jnp.broadcast_to(0 * loss, token_table.shape)
+    token_bar = token_bar.at[batch["tokens"]].add(embedded_bar)
+    (tables_bar,) = pull_tables((table_bar, token_bar))
+    size_bar = sums["step_size"].astype(params["step_size"].dtype)
+    gradient = {**sums["network"], **tables_bar, "step_size": size_bar}
     return (config.reconstruction_weight * loss, steps), gradient
 
 
@@ -334,7 +341,7 @@ def _train(
             share = share / count
         wanted = (1 - smoothing) * target_rows
         if config.label_smoothing:
-            wanted = wanted + smoothing * table.mean(axis=0)
+            wanted = wanted + smoothing * table.mean(axis=0, keepdims=True)
         x_bar = share[:, None] * (after_x - wanted)
         (network_bar, past_bar, x_cotangent), _ = along(-sizes[:, None] * x_bar)
 

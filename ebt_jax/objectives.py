@@ -359,7 +359,12 @@ def refined(
                 noise=draws.noise,
                 **sizes(params),
             )
-            return loss_and_gradient(categorical, setup, config, params, batch, plan)
+            result, gradient = loss_and_gradient(
+                categorical, setup, config, params, batch, plan
+            )
+            slope = jax.grad(lambda params: sizes(params)["step_size"])(params)
+            gradient["step_size"] *= slope["step_size"]
+            return result, gradient
 
         return with_gradient(both, params)
 

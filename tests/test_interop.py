@@ -72,13 +72,29 @@ def test_linear_weights_are_out_by_in_and_layers_are_apart():
     layer = "transformer.layers.1.feed_forward"
     assert state[f"{layer}.w1.weight"].shape == (16, 8)
     np.testing.assert_array_equal(
-        state[f"{layer}.w1.weight"], params["blocks"]["gate"]["kernel"][1].T
+        state[f"{layer}.w1.weight"], params["blocks"]["gate_up"]["kernel"][1, :, 0].T
     )
     assert state[f"{layer}.w2.weight"].shape == (8, 16)
     assert state["vocab_to_embed.weight"].shape == (8, 11)
     assert state["embeddings.weight"].shape == (11, 8)
     assert state["transformer.final_layer.weight"].shape == (1, 8)
     assert state["alpha"].shape == ()
+
+
+def test_neighbours_that_turn_together_are_half_a_head_apart_here():
+    config = config_of()
+    params = random_params(config)
+    heads, half = config.model.heads, config.model.head_dim // 2
+    ours = params["blocks"]["qkv"]["kernel"][1]
+    state = interop.to_reference(params, config)
+    for part, name in enumerate(("wq", "wk")):
+        theirs = state[f"transformer.layers.1.attention.{name}.weight"].T
+        theirs = theirs.reshape(len(theirs), heads, half, 2)
+        halves = ours[:, part].reshape(len(ours), heads, 2, half)
+        np.testing.assert_array_equal(theirs[..., 0], halves[:, :, 0])
+        np.testing.assert_array_equal(theirs[..., 1], halves[:, :, 1])
+    values = state["transformer.layers.1.attention.wv.weight"].T
+    np.testing.assert_array_equal(values, ours[:, 2])
 
 
 def test_to_reference_copies():

@@ -38,7 +38,7 @@ class Visible(NamedTuple):
 
         `of_keys` has to be theirs. Returns bool `[batch or 1, 1, seq, keys]`.
         """
-        mask = keys <= self.last[..., None]
+        mask = keys[None, None] <= self.last[..., None]
         if self.segments is not None and self.of_keys is not None:
             theirs = self.of_keys[:, None, :]
             mask &= (self.segments[..., None] == theirs) | (theirs < 0)
@@ -59,7 +59,8 @@ def rotation(positions: jax.Array, head_dim: int, dtype: Any) -> jax.Array:
     half = head_dim // 2
     dtype = jnp.promote_types(dtype, jnp.float32)
     frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=dtype) / half)
-    angle = jnp.atleast_2d(positions).astype(dtype)[:, None, :, None] * frequency
+    places = jnp.atleast_2d(positions).astype(dtype)
+    angle = jnp.einsum("bs,f->bsf", places, frequency)[:, None]
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
 

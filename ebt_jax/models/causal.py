@@ -97,7 +97,7 @@ def encode_context(config: ModelConfig, params: PyTree, batch: Batch) -> Context
     `batch["segments"]` and `batch["positions"]` `[batch, seq]`, where there are any,
     keep packed documents apart.
     """
-    x = embed_tokens(config, params, batch)
+    x = _embed(config, params, batch["tokens"])
     encode = functools.partial(encode_embedded, config, params, x, batch)
     if depends_on_landscape(config):
         keys, values = jax.vmap(encode)(jnp.arange(config.num_landscapes))
@@ -107,11 +107,6 @@ def encode_context(config: ModelConfig, params: PyTree, batch: Batch) -> Context
     anchor = x if config.candidate_input == "anchored" else None
     ahead = positions + _step_tokens(config) + 1
     return Context(keys, values, rows, ahead, segments, anchor)
-
-
-def embed_tokens(config: ModelConfig, params: PyTree, batch: Batch) -> jax.Array:
-    """What the context stream starts from, `[batch, seq, dim]`."""
-    return _embed(config, params, batch["tokens"])
 
 
 def encode_embedded(
@@ -126,7 +121,7 @@ def encode_embedded(
     Args:
       config: the model's.
       params: its parameters; none with a row for each entry of the vocabulary.
-      x: of `embed_tokens`.
+      x: embedded tokens `[batch, seq, dim]`.
       batch: for its segments and positions.
       landscape: int32 scalar; None where the context does not depend on it.
     """

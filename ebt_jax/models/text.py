@@ -72,7 +72,8 @@ def _categorical(config: ModelConfig) -> Categorical:
     return Categorical(
         tables=("embed",) if config.tied_embedding else ("embed", "candidate_embed"),
         table=functools.partial(causal.candidate_table, config),
-        embed=functools.partial(causal.embed_tokens, config),
+        token_table=lambda params: params["embed"]["embedding"],
+        dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
         encode=encode,
         energy=energy,
         num_contexts=config.num_landscapes if depends else 1,

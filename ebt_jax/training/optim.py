@@ -45,13 +45,27 @@ def make_optimizer(
         name: optax.scale_by_learning_rate(schedule)
         for name, schedule in learning_rates(config).items()
     }
-    clip = optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(
-        clip if config.clip_norm else optax.identity(),
+        clip_by_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.partition({**rates, "fixed": optax.set_to_zero()}, groups),
     )
+
+
+def clip_by_norm(limit: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, by one factor for all arrays.
+
+    Optax divides and multiplies each entry, which XLA does not repeat in each place
+    where clipped gradients are used, so it stores them: another copy of the parameters.
+    """
+
+    def clip(gradient: PyTree, params: PyTree) -> PyTree:
+        del params
+        factor = limit / jnp.maximum(optax.tree.norm(gradient), limit)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradient)
+
+    return optax.stateless(clip)
 
 
 def parameter_groups(params: PyTree, refine: RefineSetup) -> PyTree:

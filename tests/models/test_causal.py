@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ebt_jax.models.attention import Visible, rotation
 from ebt_jax.models.blocks import Block, Norm
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.models.text import energy_model
@@ -115,11 +116,14 @@ def one_at_a_time(config, params, tokens, candidate):
             step = params["step_embed"]["embedding"][LANDSCAPE]
             parts.insert(0, jnp.tile(step, (len(tokens), 1, 1)))
         x = jnp.concatenate(parts, axis=1)
-        mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
+        places = jnp.arange(x.shape[1])
+        turns, visible = (
+            rotation(places, config.head_dim, x.dtype),
+            Visible(places[None]),
+        )
         for i in range(config.layers):
             layer = {"params": jax.tree.map(lambda w, i=i: w[i], params["blocks"])}
-            inputs = x, jnp.arange(x.shape[1]), mask, condition
-            x, _ = Block(config).apply(layer, *inputs)
+            x, _ = Block(config).apply(layer, x, turns, visible, condition)
         norm = Norm(config.norm, config.dyt_alpha)
         x = jnp.asarray(norm.apply({"params": params["final_norm"]}, x))[:, -1]
         if condition is not None:

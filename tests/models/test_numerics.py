@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ebt_jax import models
-from ebt_jax.models.blocks import ACTIVATIONS, Norm, attend, rotate
+from ebt_jax.models.blocks import ACTIVATIONS, Norm
 from ebt_jax.models.config import SIZES, ModelConfig
 from ebt_jax.models.text import energy_model
 from ebt_jax.refine import RefineConfig, refine
@@ -124,7 +124,8 @@ def test_initial_kernels_are_xavier_normal_and_embeddings_standard_normal():
         "embed": (params["embed"]["embedding"], 1.0),
         "step_embed": (params["step_embed"]["embedding"], 1.0),
         "candidate_embed": (params["candidate_embed"]["kernel"], (2 / 384) ** 0.5),
-        "query": (blocks["query"]["kernel"], (2 / 256) ** 0.5),
+        "qkv": (blocks["qkv"]["kernel"], (2 / 256) ** 0.5),
+        "gate_up": (blocks["gate_up"]["kernel"], (2 / 256) ** 0.5),
         "down": (blocks["down"]["kernel"], (2 / 256) ** 0.5),
         "modulation": (blocks["modulation"]["kernel"], (2 / (7 * 128)) ** 0.5),
     }
@@ -132,7 +133,7 @@ def test_initial_kernels_are_xavier_normal_and_embeddings_standard_normal():
         assert abs(float(array.std()) / std - 1) < 0.02, name
         assert abs(float(array.mean())) < 0.02 * std, name
         assert float(jnp.abs(array).max()) > 3 * std, name
-    layers = blocks["query"]["kernel"]
+    layers = blocks["qkv"]["kernel"]
     assert (layers[0] != layers[1]).all()
     assert (blocks["attention_norm"]["scale"] == 1).all()
     energy = params["energy"]["kernel"]
@@ -192,35 +193,6 @@ def test_a_tied_model_has_no_candidate_table():
 
 
 # Building blocks.
-
-
-def test_rotation_turns_interleaved_pairs_by_position_times_frequency():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 1, 4)), jnp.float32)
-    turned = rotate(x, jnp.array([0, 1, 7]))
-    for j, position in enumerate([0, 1, 7]):
-        for pair, frequency in enumerate([1.0, 0.01]):
-            plane = complex(*x[0, j, 0, 2 * pair : 2 * pair + 2])
-            expected = plane * np.exp(1j * position * frequency)
-            actual = complex(*turned[0, j, 0, 2 * pair : 2 * pair + 2])
-            np.testing.assert_allclose(actual, expected, rtol=1e-5)
-
-
-def test_attention_to_itself_is_one_more_key():
-    """Also where nothing else is visible, and with scores that would overflow."""
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    query, keys, values = (30 * draw(1, 3, 2, 4), draw(1, 5, 2, 4), draw(1, 5, 2, 4))
-    own = draw(1, 3, 2, 4), draw(1, 3, 2, 4)
-    mask = jnp.array([[True, False, True, True, False], [False] * 5, [True] * 5])
-    out = attend(query, keys, values, mask[None, None], own)
-    for j in range(3):
-        for h in range(2):
-            k = np.stack([*keys[0, mask[j], h], own[0][0, j, h]])
-            v = np.stack([*values[0, mask[j], h], own[1][0, j, h]])
-            scores = k @ np.asarray(query[0, j, h]) / 2
-            weights = np.exp(scores - scores.max())
-            expected = weights @ v / weights.sum()
-            np.testing.assert_allclose(out[0, j, h], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer", "dyt", "none"])
