@@ -52,6 +52,8 @@ class Categorical(NamedTuple):
         no other function than `table` and `token_table` uses them.
       table: `(params) -> [vocab, dim]`, W.
       token_table: `(params) -> [vocab, dim]`, whose rows contexts are encoded from.
+      prepare: `(params) -> params`, another arrangement of those that are not tables,
+        for `encode` and `energy`.
       dtype: of products and activations; None for that of the parameters.
       encode: `(params, embedded, batch, landscape) -> past`, float arrays, what
         candidates see in one landscape.
@@ -64,6 +66,7 @@ class Categorical(NamedTuple):
     tables: tuple[str, ...]
     table: Callable[[PyTree], jax.Array]
     token_table: Callable[[PyTree], jax.Array]
+    prepare: Callable[[PyTree], PyTree]
     dtype: Any
     encode: Callable[..., PyTree]
     energy: Callable[..., jax.Array]
@@ -128,7 +131,9 @@ def loss_and_gradient(
       `energy` and `gradient_norm`, `[num_steps]`; 0 for steps that are not taken.
     """
     tables = {name: params[name] for name in model.tables}
-    network = {name: p for name, p in params.items() if name not in tables}
+    network, pull_network = jax.vjp(
+        model.prepare, {name: p for name, p in params.items() if name not in tables}
+    )
     (table, token_table), pull_tables = jax.vjp(
         lambda tables: (model.table(tables), model.token_table(tables)), tables
     )
@@ -166,9 +171,10 @@ def loss_and_gradient(
             one = lambda landscape: model.encode(network, embedded, batch, landscape)
             return jax.vmap(one)(landscapes)
 
-        learnt, pull = jax.vjp(
-            lambda *inputs: encode(*inputs, learning), network, embedded
-        )
+        def learning_contexts(network: PyTree, embedded: jax.Array) -> Any:
+            return encode(network, embedded, learning)
+
+        learnt, pull = jax.vjp(learning_contexts, network, embedded)
         pasts = learnt if learning is each else encode(network, embedded, each)
 
         def places(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -189,7 +195,18 @@ def loss_and_gradient(
         pieces = _pieces(predictions, length, parts)
         carry = sums, jax.tree.map(jnp.zeros_like, learnt)
         (sums, learnt_bar), _ = jax.lax.scan(places, carry, pieces)
-        network_bar, embedded_bar = pull(learnt_bar)
+        if parts == 1:
+            network_bar, embedded_bar = pull(learnt_bar)
+        else:
+            # Where memory matters, what `pull` needs is not kept but computed again; in
+            # a branch, as XLA would find out otherwise.
+            network_bar, embedded_bar = jax.lax.cond(
+                predictions["weight"].any(),
+                lambda inputs, bar: jax.vjp(learning_contexts, *inputs)[1](bar),
+                lambda inputs, bar: jax.tree.map(jnp.zeros_like, inputs),
+                (network, embedded),
+                learnt_bar,
+            )
         sums["network"] = jax.tree.map(jnp.add, sums["network"], network_bar)
         return sums, embedded_bar
 
@@ -205,12 +222,13 @@ def loss_and_gradient(
     loss = steps["loss"][plan.schedule.length - 1]
     if config.loss_steps == "all":
         loss = steps["loss"].sum() / plan.schedule.length
-    # Zeros that wait for the loss: others would be made at once, and kept all the while.
+    # Zeros that wait for the loss: others would be made first, and kept all the while.
     token_bar = jnp.broadcast_to(0 * loss, token_table.shape)
     token_bar = token_bar.at[batch["tokens"]].add(embedded_bar)
     (tables_bar,) = pull_tables((table_bar, token_bar))
     size_bar = sums["step_size"].astype(params["step_size"].dtype)
-    gradient = {**sums["network"], **tables_bar, "step_size": size_bar}
+    (network_bar,) = pull_network(sums["network"])
+    gradient = {**network_bar, **tables_bar, "step_size": size_bar}
     return (config.reconstruction_weight * loss, steps), gradient
 
 

@@ -56,6 +56,34 @@ class Norm(nn.Module):
         return h.astype(x.dtype)
 
 
+class Fused(nn.Module):
+    """Several linear maps of the same input as one product.
+
+    The kernel is `[dim, parts, features]`, each part initialised as a map of its own.
+    """
+
+    config: ModelConfig
+    parts: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """Maps `[..., dim]` to so many parts `[..., features]`."""
+
+        def init(key: jax.Array) -> jax.Array:
+            keys = jax.random.split(key, self.parts)
+            shape = x.shape[-1], self.features
+            return jnp.stack([xavier_normal(k, shape) for k in keys], axis=1)
+
+        kernel = self.param("kernel", init)
+        dtype = _compute(self.config) or jnp.promote_types(x.dtype, kernel.dtype)
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        # With the parts on an axis of their own XLA would copy the transposed kernel
+        # for the derivative by x, which contracts over two axes then.
+        product = jnp.einsum("...d,df->...f", x, kernel.reshape(len(kernel), -1))
+        return jnp.split(product, self.parts, axis=-1)
+
+
 class Block(nn.Module):
     """One transformer block for both streams.
 
@@ -70,8 +98,8 @@ class Block(nn.Module):
         c = self.config
         self.attention_norm = Norm(c.norm, c.dyt_alpha)
         self.mlp_norm = Norm(c.norm, c.dyt_alpha)
-        self.qkv, self.out = fused(c, 3, c.width), dense(c, c.width)
-        self.gate_up, self.down = fused(c, 2, c.hidden), dense(c, c.width)
+        self.qkv, self.out = Fused(c, 3, c.width), dense(c, c.width)
+        self.gate_up, self.down = Fused(c, 2, c.hidden), dense(c, c.width)
         if c.conditioning in ("adaln", "adaln_zero"):
             self.modulation = modulation(c, 6)
 
@@ -100,7 +128,7 @@ class Block(nn.Module):
         block = self.config.attention_block
         before, after = self._modulate(condition)
         projected = self.qkv(before[0](self.attention_norm(x)))
-        query, key, value = (self._heads(projected[..., i, :]) for i in range(3))
+        query, key, value = (self._heads(part) for part in projected)
         query, own = rotate(query, rotation), (rotate(key, rotation), value)
         if past is None:
             attended = attend(query, *own, visible, block=block)
@@ -111,9 +139,8 @@ class Block(nn.Module):
         return x + after[1](self._mlp(before[1](self.mlp_norm(x)))), own
 
     def _mlp(self, h: jax.Array) -> jax.Array:
-        gate_up = self.gate_up(h)
-        activation = ACTIVATIONS[self.config.activation]
-        return self.down(activation(gate_up[..., 0, :]) * gate_up[..., 1, :])
+        gate, up = self.gate_up(h)
+        return self.down(ACTIVATIONS[self.config.activation](gate) * up)
 
     def _heads(self, h: jax.Array) -> jax.Array:
         h = h.reshape(*h.shape[:-1], self.config.heads, self.config.head_dim)
@@ -139,39 +166,6 @@ def dense(config: ModelConfig, features: int) -> nn.Dense:
     return nn.Dense(
         features, use_bias=False, dtype=_compute(config), kernel_init=xavier_normal
     )
-
-
-def fused(config: ModelConfig, parts: int, features: int) -> nn.DenseGeneral:
-    """So many linear maps of the same input as one product: `[..., parts, features]`.
-
-    The kernel is `[dim, parts, features]`, each part initialised as a map of its own.
-    """
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        keys = jax.random.split(key, parts)
-        one = lambda key: xavier_normal(key, (shape[0], features), dtype)
-        return jnp.stack([one(key) for key in keys], axis=1).reshape(shape)
-
-    return nn.DenseGeneral(
-        (parts, features),
-        use_bias=False,
-        dtype=_compute(config),
-        kernel_init=init,
-        dot_general=_one_product,
-    )
-
-
-def _one_product(
-    x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any
-) -> jax.Array:
-    """`lax.dot_general` with all outputs of the kernel on one axis.
-
-    With two, the derivative with respect to x contracts over two, for which XLA copies
-    the kernel, transposed.
-    """
-    flat = kernel.reshape(kernel.shape[0], -1)
-    product = jax.lax.dot_general(x, flat, dimensions, **options)
-    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def modulation(config: ModelConfig, parts: int) -> nn.Dense:

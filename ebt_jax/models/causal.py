@@ -351,15 +351,15 @@ def _blocks(
         block = {"params": weights}
         return Block(config).apply(block, x, turns, visible, condition, past)
 
+    scanned = config.layers > config.unroll
+    layer = _remat(config, layer, scanned)
     if isinstance(params["blocks"], list):  # see `with_blocks_apart`
         made = []
         for i, weights in enumerate(params["blocks"]):
             x, own = layer(x, (weights, jax.tree.map(lambda a, i=i: a[i], past)))
             made.append(own)
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *made)
-    unrolled = config.layers <= config.unroll
-    inputs = (params["blocks"], past)
-    return jax.lax.scan(_remat(config, layer), x, inputs, unroll=unrolled)
+    return jax.lax.scan(layer, x, (params["blocks"], past), unroll=not scanned)
 
 
 def _visible(
@@ -403,7 +403,8 @@ def _layout(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     return rows, batch["positions"], batch["segments"]
 
 
-def _remat(config: ModelConfig, layer: Callable) -> Callable:
+def _remat(config: ModelConfig, layer: Callable, scanned: bool) -> Callable:
+    """Recomputes a block in the backward pass, as much of it as the config says."""
     if config.remat == "none":
         return layer
     policies = jax.checkpoint_policies
@@ -411,7 +412,8 @@ def _remat(config: ModelConfig, layer: Callable) -> Callable:
         "dots": policies.dots_with_no_batch_dims_saveable,
         "full": policies.nothing_saveable,
     }[config.remat]
-    return jax.checkpoint(layer, policy=keep, prevent_cse=False)
+    # Within a loop there is nothing for XLA to merge the recomputation with.
+    return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
 
 
 def _embed(config: ModelConfig, params: PyTree, tokens: jax.Array) -> jax.Array:

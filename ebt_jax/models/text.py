@@ -72,6 +72,7 @@ def _categorical(config: ModelConfig) -> Categorical:
     return Categorical(
         tables=("embed",) if config.tied_embedding else ("embed", "candidate_embed"),
         table=functools.partial(causal.candidate_table, config),
+        prepare=functools.partial(causal.with_blocks_apart, config),
         token_table=lambda params: params["embed"]["embedding"],
         dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
         encode=encode,
