@@ -137,6 +137,9 @@ def _blockwise(
     `[seq, keys]` is kept, at any order. Blocks that no query sees are passed over.
     """
     length, count = query.shape[2], keys.shape[2]
+    # Blocks of one size, no larger than asked for, with little to fill up.
+    rows = -(-length // -(-length // block))
+    columns = -(-count // -(-count // block))
     precise = jnp.promote_types(query.dtype, jnp.float32)
     if start is None:
         nothing = jnp.full(query.shape[:3], UNSEEN, precise)
@@ -145,20 +148,20 @@ def _blockwise(
     else:
         weight = jnp.ones_like(start[0])
     of_queries = {
-        "query": _split(query, 2, block),
+        "query": _split(query, 2, rows),
         "start": (
-            _split(start[0], 2, block),
-            _split(weight, 2, block),
-            _split(start[1], 2, block),
+            _split(start[0], 2, rows),
+            _split(weight, 2, rows),
+            _split(start[1], 2, rows),
         ),
-        "last": _split(visible.last, 1, block, fill=-1),
-        "segments": _split(visible.segments, 1, block),
+        "last": _split(visible.last, 1, rows, fill=-1),
+        "segments": _split(visible.segments, 1, rows),
     }
     of_keys = {
-        "keys": _split(keys, 2, block),
-        "values": _split(values, 2, block),
-        "segments": _split(visible.of_keys, 1, block),
-        "index": jnp.arange(-(-count // block) * block).reshape(-1, block),
+        "keys": _split(keys, 2, columns),
+        "values": _split(values, 2, columns),
+        "segments": _split(visible.of_keys, 1, columns),
+        "index": jnp.arange(-(-count // columns) * columns).reshape(-1, columns),
     }
 
     @jax.checkpoint

@@ -38,7 +38,7 @@ class Context(NamedTuple):
     Attributes:
       keys: `[layers, batch, heads, keys, head_dim]`; where the context depends on the
         landscape `[landscapes, layers, ...]`. With time_embed, keys counts the step
-        token.
+        token. Of parameters `with_blocks_apart` a list for the layers.
       values: like keys.
       rows: index of the token that each candidate continues, the last one it sees;
         `[seq]` or `[batch, seq]`.
@@ -48,8 +48,8 @@ class Context(NamedTuple):
         None.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: PyTree
+    values: PyTree
     rows: jax.Array
     positions: jax.Array
     segments: jax.Array | None
@@ -115,8 +115,8 @@ def encode_embedded(
     x: jax.Array,
     batch: Batch,
     landscape: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values `[layers, batch, heads, keys, head_dim]` in one landscape.
+) -> tuple[PyTree, PyTree]:
+    """Keys and values of one landscape, see `Context`.
 
     Args:
       config: the model's.
@@ -140,7 +140,8 @@ def energy(
     landscape: jax.Array,
 ) -> jax.Array:
     """Energies `[batch, seq]` of candidates `[batch, seq, vocab]` on the simplex."""
-    table, dtype = candidate_table(config, params), context.keys.dtype
+    table = candidate_table(config, params)
+    dtype = jax.tree.leaves(context.keys)[0].dtype
     x = jnp.einsum("bsv,vd->bsd", candidate.astype(dtype), table.astype(dtype))
     if context.anchor is not None:
         x = x + context.anchor
@@ -167,7 +168,7 @@ def candidate_places(config: ModelConfig, batch: Batch, index: jax.Array) -> Any
 def energy_of_embedded(
     config: ModelConfig,
     params: PyTree,
-    past: tuple[jax.Array, jax.Array],
+    past: tuple[PyTree, PyTree],
     places: tuple[jax.Array, jax.Array, jax.Array | None],
     x: jax.Array,
     landscape: jax.Array,
@@ -218,8 +219,8 @@ class Cache(NamedTuple):
         `[batch, 1, dim]`.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: PyTree
+    values: PyTree
     lengths: jax.Array
     last: jax.Array
 
@@ -315,7 +316,7 @@ def _context_stream(
     positions: jax.Array,
     segments: jax.Array | None,
     step: jax.Array | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
     """All blocks over x `[batch, seq, dim]`; `step` `[dim]` embeds the landscape."""
     condition = step
     rows = jnp.arange(x.shape[1])
@@ -337,9 +338,9 @@ def _blocks(
     positions: jax.Array,
     visible: Visible,
     condition: jax.Array | None,
-    past: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """All blocks, see `Block`. Keys and values are stacked over layers.
+    past: tuple[PyTree, PyTree] | None = None,
+) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
+    """All blocks, see `Block`. Keys and values are stacked over layers, or lists.
 
     They are scanned, so that compile time does not grow with their number; few are
     unrolled, which spares slicing weights and stacking residuals.
@@ -354,11 +355,13 @@ def _blocks(
     scanned = config.layers > config.unroll
     layer = _remat(config, layer, scanned)
     if isinstance(params["blocks"], list):  # see `with_blocks_apart`
-        made = []
-        for i, weights in enumerate(params["blocks"]):
-            x, own = layer(x, (weights, jax.tree.map(lambda a, i=i: a[i], past)))
-            made.append(own)
-        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *made)
+        pasts = [None] * config.layers if past is None else zip(*past, strict=True)
+        keys, values = [], []
+        for weights, of_layer in zip(params["blocks"], pasts, strict=True):
+            x, (key, value) = layer(x, (weights, of_layer))
+            keys.append(key)
+            values.append(value)
+        return x, (keys, values)
     return jax.lax.scan(layer, x, (params["blocks"], past), unroll=not scanned)
 
 
