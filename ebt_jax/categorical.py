@@ -148,8 +148,8 @@ def loss_and_gradient(
         "candidate": plan.candidate,
         "noise": None if plan.noise is None else jnp.moveaxis(plan.noise, 0, 2),
     }
-    each = jnp.arange(model.num_contexts)
-    learning = each  # landscapes whose contexts get a gradient
+    landscapes = jnp.arange(model.num_contexts)
+    learning = landscapes  # those whose contexts get a gradient
     if config.loss_steps == "last" and model.num_contexts > 1:
         learning = plan.schedule.landscape[plan.schedule.length - 1][None]
     sums = {
@@ -167,15 +167,17 @@ def loss_and_gradient(
         """Encodes some sequences, and trains on all that is predicted from them."""
         batch, embedded, predictions = inputs
 
-        def encode(network: PyTree, embedded: jax.Array, landscapes: jax.Array) -> Any:
+        def encode(network: PyTree, embedded: jax.Array, which: jax.Array) -> PyTree:
             one = lambda landscape: model.encode(network, embedded, batch, landscape)
-            return jax.vmap(one)(landscapes)
+            return jax.vmap(one)(which)
 
-        def learning_contexts(network: PyTree, embedded: jax.Array) -> Any:
+        def encode_learning(network: PyTree, embedded: jax.Array) -> PyTree:
             return encode(network, embedded, learning)
 
-        learnt, pull = jax.vjp(learning_contexts, network, embedded)
-        pasts = learnt if learning is each else encode(network, embedded, each)
+        learnt, pull = jax.vjp(encode_learning, network, embedded)
+        pasts = learnt
+        if learning is not landscapes:
+            pasts = encode(network, embedded, landscapes)
 
         def places(carry: Any, inputs: Any) -> tuple[Any, None]:
             """Trains on what stands at some places of these sequences."""
@@ -202,7 +204,7 @@ def loss_and_gradient(
             # a branch, as XLA would find out otherwise.
             network_bar, embedded_bar = jax.lax.cond(
                 predictions["weight"].any(),
-                lambda inputs, bar: jax.vjp(learning_contexts, *inputs)[1](bar),
+                lambda inputs, bar: jax.vjp(encode_learning, *inputs)[1](bar),
                 lambda inputs, bar: jax.tree.map(jnp.zeros_like, inputs),
                 (network, embedded),
                 learnt_bar,
@@ -262,7 +264,14 @@ def _train(
 ) -> tuple[PyTree, PyTree]:
     """Refines a block and adds its gradients and means to `carry`.
 
-    In `carry` are the sums of `loss_and_gradient` and the cotangents of `learnt`.
+    Args:
+      block: the predictions.
+      plan: draws.
+      setup: how to refine.
+      config: what to score.
+      pasts: what candidates see, `[landscapes, ...]`.
+      learnt: the same, of the landscapes whose contexts get a gradient.
+      carry: the sums of `loss_and_gradient`, and those of the cotangents of `learnt`.
     """
     table, each, schedule = block.table, block.each, plan.schedule
     sizes = plan.step_size * each["factor"]
@@ -325,7 +334,7 @@ def _train(
         drawn = over_predictions(draw, each["key"])
         return drawn if plan.noise_std is None else normalize(drawn, 0)
 
-    def think(i: Any, carry: Any) -> Any:
+    def advance(i: Any, carry: Any) -> Any:
         """A step that is not differentiated."""
         p, steps = carry
         _, past = at(pasts, schedule.landscape[i])
@@ -383,7 +392,7 @@ def _train(
     sums, learnt_bar = carry
     p = begin()
     if config.loss_steps == "last":
-        p, steps = jax.lax.fori_loop(0, count - 1, think, (p, sums["steps"]))
+        p, steps = jax.lax.fori_loop(0, count - 1, advance, (p, sums["steps"]))
         x = embed(p)
         state = p, x, jnp.zeros_like(x), learnt_bar, {**sums, "steps": steps}
         state = learn(count - 1, state)

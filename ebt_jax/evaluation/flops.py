@@ -20,7 +20,9 @@ A step's own forward pass and inner gradient are the 4; to differentiate them ta
 forward pass and the gradient once more along a tangent, and the products with the
 weights. Where the softmax of one step's result is the next step's candidate and both
 are differentiated, one embedding and one product for the matrix's gradient serve both:
-T steps need (6 T + 4) V D, not 10 T V D.
+T steps need (6 T + 4) V D, not 10 T V D. Of a context's last block only the keys and
+values are needed: M of its weights and its attention are not. (Where blocks are scanned
+it is computed whole.)
 """
 
 from __future__ import annotations
@@ -73,27 +75,34 @@ def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flop
         it is drawn.
     """
     model = config.model
-    blocks, attention, vocabulary = multiples(config, num_steps)
+    contexts, candidates, vocabulary = multiples(config, num_steps)
+    weights = count_token_weights(params)
+    spared = weights / model.layers - 2 * model.width**2
+    passes = 2 * (contexts * (model.layers - 1) + candidates * model.layers)
     return Flops(
-        blocks * count_token_weights(params),
-        attention * model.layers * _keys(config) * model.width,
+        contexts * (weights - spared) + candidates * weights,
+        passes * _keys(config) * model.width,
         vocabulary * model.vocab_size * model.width,
     )
 
 
 def formula(config: Config) -> str:
-    """The formula of `analytic_flops`, such as `36 N + 72 L S D + 16 V D`."""
-    units = ("N", "L S D", "V D")
-    return " + ".join(
-        f"{count:g} {unit}"
-        for count, unit in zip(multiples(config), units, strict=True)
+    """The formula of `analytic_flops`, in the letters of the module's docstring."""
+    contexts, candidates, vocabulary = (f"{m:g}" for m in multiples(config))
+    twice = f"{2 * float(candidates):g}"
+    if config.model.kind == "transformer_pp":
+        return f"{candidates} N + {twice} L S D + {vocabulary} V D"
+    shared = f"{2 * float(contexts):g}"
+    return (
+        f"{contexts} (N - M) + {candidates} N + ({shared} (L - 1) + {twice} L) S D "
+        f"+ {vocabulary} V D"
     )
 
 
 def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float]:
-    """How many N, L S D and V D `analytic_flops` finds, given the same arguments."""
+    """How many N of contexts, N of candidates and V D `analytic_flops` finds."""
     if config.model.kind == "transformer_pp":
-        return 6.0, 12.0, 6.0
+        return 0.0, 6.0, 6.0
     refine, last_only = config.refine, config.objective.loss_steps == "last"
     steps = num_steps or mean_steps(refine)
     differentiated = steps
@@ -102,9 +111,6 @@ def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float
     constant = steps - differentiated
     contexts = 1 if config.model.conditioning == "default" else refine.num_landscapes
     learning = min(contexts, differentiated)
-    blocks = (
-        6 * learning + 2 * (contexts - learning) + 4 * constant + 12 * differentiated
-    )
     vocabulary = 4 * constant + 10 * differentiated
     if refine.backprop == "per_step":
         changed = refine.gradient_clamp or refine.absolute_clamp or refine.sharpen
@@ -116,7 +122,11 @@ def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float
             refine.step_size_learnable or refine.noise_learnable
         )
         vocabulary += 2 * min(differentiated, steps - 1) * reached
-    return blocks, 2 * blocks, vocabulary
+    return (
+        6 * learning + 2 * (contexts - learning),
+        4 * constant + 12 * differentiated,
+        vocabulary,
+    )
 
 
 def _keys(config: Config) -> float:

@@ -105,34 +105,58 @@ def counted(config):
     ("loss_steps", "values", "text"),
     [
         ("all", {"kind": "transformer_pp"}, "6 N + 12 L S D + 6 V D"),
-        ("all", {"num_steps": 1}, "18 N + 36 L S D + 10 V D"),
-        ("all", {"num_steps": 3}, "42 N + 84 L S D + 22 V D"),
+        (
+            "all",
+            {"num_steps": 1},
+            "6 (N - M) + 12 N + (12 (L - 1) + 24 L) S D + 10 V D",
+        ),
+        (
+            "all",
+            {"num_steps": 3},
+            "6 (N - M) + 36 N + (12 (L - 1) + 72 L) S D + 22 V D",
+        ),
         (
             "all",
             {"num_steps": 2, "num_landscapes": 2},
-            "36 N + 72 L S D + 16 V D",
+            "12 (N - M) + 24 N + (24 (L - 1) + 48 L) S D + 16 V D",
         ),
         # Noise parts a step's result from the next step's candidate.
-        ("all", {"num_steps": 2, "noise_std": 1.0}, "30 N + 60 L S D + 20 V D"),
-        ("all", {"num_steps": 2, "sharpen": 2.0}, "30 N + 60 L S D + 20 V D"),
-        ("last", {"num_steps": 3}, "26 N + 52 L S D + 18 V D"),
-        ("last", SYSTEM_2, "26 N + 52 L S D + 18 V D"),
-        ("last", {**SYSTEM_2, "min_steps": 2}, "24 N + 48 L S D + 16 V D"),
+        (
+            "all",
+            {"num_steps": 2, "noise_std": 1.0},
+            "6 (N - M) + 24 N + (12 (L - 1) + 48 L) S D + 20 V D",
+        ),
+        (
+            "all",
+            {"num_steps": 2, "sharpen": 2.0},
+            "6 (N - M) + 24 N + (12 (L - 1) + 48 L) S D + 20 V D",
+        ),
+        (
+            "last",
+            {"num_steps": 3},
+            "6 (N - M) + 20 N + (12 (L - 1) + 40 L) S D + 18 V D",
+        ),
+        ("last", SYSTEM_2, "6 (N - M) + 20 N + (12 (L - 1) + 40 L) S D + 18 V D"),
+        (
+            "last",
+            {**SYSTEM_2, "min_steps": 2},
+            "6 (N - M) + 18 N + (12 (L - 1) + 36 L) S D + 16 V D",
+        ),
         # A context that only steps before the last one use gets no gradient.
         (
             "last",
             {**SYSTEM_2, "num_landscapes": 3},
-            "30 N + 60 L S D + 18 V D",
+            "10 (N - M) + 20 N + (20 (L - 1) + 40 L) S D + 18 V D",
         ),
         (
             "last",
             {**SYSTEM_2, "step_size_learnable": True},
-            "26 N + 52 L S D + 20 V D",
+            "6 (N - M) + 20 N + (12 (L - 1) + 40 L) S D + 20 V D",
         ),
         (
             "all",
             {"num_steps": 3, "backprop": "full"},
-            "42 N + 84 L S D + 34 V D",
+            "6 (N - M) + 36 N + (12 (L - 1) + 72 L) S D + 34 V D",
         ),
     ],
 )
@@ -143,8 +167,9 @@ def test_the_formula_is_that_of_the_config(loss_steps, values, text):
 def test_the_parts_of_the_formula_are_its_terms_times_its_sizes():
     c = config(num_steps=2, num_landscapes=2)
     blocks, attention, vocabulary = analytic_flops(c, shapes(c))
-    assert blocks == 36 * LAYERS * 7 * WIDTH**2  # q, k, v, out, gate, up, down
-    assert attention == 72 * LAYERS * SEQ * WIDTH
+    # q, k, v, out, gate, up, down; of a context's last block k and v alone.
+    assert blocks == (12 * (LAYERS * 7 - 5) + 24 * LAYERS * 7) * WIDTH**2
+    assert attention == (24 * (LAYERS - 1) + 48 * LAYERS) * SEQ * WIDTH
     assert vocabulary == 16 * VOCAB * WIDTH
     total = analytic_flops(c, shapes(c)).total
     assert total == blocks + attention + vocabulary
