@@ -20,9 +20,9 @@ A step's own forward pass and inner gradient are the 4; to differentiate them ta
 forward pass and the gradient once more along a tangent, and the products with the
 weights. Where the softmax of one step's result is the next step's candidate and both
 are differentiated, one embedding and one product for the matrix's gradient serve both:
-T steps need (6 T + 4) V D, not 10 T V D. Of a context's last block only the keys and
-values are needed: M of its weights and its attention are not. (Where blocks are scanned
-it is computed whole.)
+T steps need (6 T + 4) V D, not 10 T V D. Of a context's last block only keys and values
+are needed, which come with the queries: M of its weights and its attention are not.
+(Where blocks are scanned it is computed whole.)
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flop
     model = config.model
     contexts, candidates, vocabulary = multiples(config, num_steps)
     weights = count_token_weights(params)
-    spared = weights / model.layers - 2 * model.width**2
+    spared = weights / model.layers - 3 * model.width**2
     passes = 2 * (contexts * (model.layers - 1) + candidates * model.layers)
     return Flops(
         contexts * (weights - spared) + candidates * weights,

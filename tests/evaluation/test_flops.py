@@ -167,8 +167,8 @@ def test_the_formula_is_that_of_the_config(loss_steps, values, text):
 def test_the_parts_of_the_formula_are_its_terms_times_its_sizes():
     c = config(num_steps=2, num_landscapes=2)
     blocks, attention, vocabulary = analytic_flops(c, shapes(c))
-    # q, k, v, out, gate, up, down; of a context's last block k and v alone.
-    assert blocks == (12 * (LAYERS * 7 - 5) + 24 * LAYERS * 7) * WIDTH**2
+    # q, k, v, out, gate, up, down; of a context's last block the first three.
+    assert blocks == (12 * (LAYERS * 7 - 4) + 24 * LAYERS * 7) * WIDTH**2
     assert attention == (24 * (LAYERS - 1) + 48 * LAYERS) * SEQ * WIDTH
     assert vocabulary == 16 * VOCAB * WIDTH
     total = analytic_flops(c, shapes(c)).total
