@@ -1,6 +1,7 @@
 """The command line: every verb, every message, every exit code."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -386,3 +387,20 @@ def test_prepare_writes_shards_that_a_run_can_read(capsys, folder, workdir, tmp_
     flags = [f"--workdir={workdir}", f"--data={shards}", "--json"]
     results = json.loads(output(capsys, "evaluate", *flags))
     assert results["tokens"] == len(SENTENCE) * 40 - 1
+
+
+def test_large_pages_are_asked_for_once(monkeypatch):
+    """With the same command line, by the same Python; and never where one is set."""
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *call: started.append(call))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "confstr_names", {"CS_GNU_LIBC_VERSION": 2})
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "ebt", "help"])
+    monkeypatch.setattr(sys, "argv", ["ebt", "help"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    command = [sys.executable, "-X", "dev", "ebt", "help"]
+    assert started == [(sys.executable, command)]
