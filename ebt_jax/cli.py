@@ -426,6 +426,7 @@ VERBS = {
             Flag("conditioning", "as model.conditioning; else what is published"),
             Flag("dtype", "of the computation: float32 or bfloat16", BENCH.dtype),
             Flag("block", "as refine.block; else its default", None, COUNT),
+            Flag("meta_gradient", "rule or autodiff, as refine.meta_gradient"),
             Flag("remat", "as model.remat; else its default"),
             Flag("unroll", "as model.unroll; else its default", None, COUNT),
             Flag(

@@ -30,6 +30,7 @@ SYSTEM_2 = RefineSetup(
     backprop="truncated",
 )
 LAST = ObjectiveConfig(loss_steps="last")
+change = dataclasses.replace
 
 MODELS = {
     "default": {"conditioning": "default"},
@@ -41,24 +42,29 @@ MODELS = {
     "anchored adaln": {"conditioning": "adaln", "candidate_input": "anchored"},
 }
 SETUPS = {
-    "one step": (dataclasses.replace(SYSTEM_1, num_steps=1, num_landscapes=1), None),
-    "more steps than landscapes": (dataclasses.replace(SYSTEM_1, num_steps=4), None),
-    "steps drawn": (dataclasses.replace(SYSTEM_1, num_steps=4, min_steps=2), None),
-    "jitter": (dataclasses.replace(SYSTEM_1, step_size_jitter=2.0), None),
-    "zeros": (dataclasses.replace(SYSTEM_1, initial_candidate="zeros"), None),
-    "scaled": (dataclasses.replace(SYSTEM_1, initial_scale=0.3), None),
-    "step size at its bound": (dataclasses.replace(SYSTEM_1, step_size=1e-4), None),
-    "fixed": (dataclasses.replace(SYSTEM_1, step_size_learnable=False), None),
-    "smoothed": (SYSTEM_1, ObjectiveConfig(label_smoothing=0.3)),
-    "weighted": (SYSTEM_1, ObjectiveConfig(reconstruction_weight=0.3)),
-    "last": (SYSTEM_1, LAST),
-    "last, smoothed": (
-        dataclasses.replace(SYSTEM_1, num_steps=3),
-        dataclasses.replace(LAST, label_smoothing=0.3),
+    "one step": (
+        change(SYSTEM_1, num_steps=1, num_landscapes=1, initial_scale=0.3),
+        None,
     ),
-    "last, noise": (dataclasses.replace(SYSTEM_1, noise_std=0.5), LAST),
+    "more steps than landscapes": (
+        change(SYSTEM_1, num_steps=4, step_size_jitter=2.0),
+        None,
+    ),
+    "steps drawn": (change(SYSTEM_1, num_steps=4, min_steps=2), None),
+    "smoothed": (
+        change(SYSTEM_1, initial_candidate="zeros"),
+        ObjectiveConfig(label_smoothing=0.3, reconstruction_weight=0.3),
+    ),
+    "step size at its bound": (change(SYSTEM_1, step_size=1e-4), None),
+    "last, smoothed": (
+        change(SYSTEM_1, num_steps=3, step_size_learnable=False),
+        change(LAST, label_smoothing=0.3),
+    ),
+    "last, noise": (
+        change(SYSTEM_1, noise_std=0.5, initial_candidate="zeros"),
+        LAST,
+    ),
     "system 2": (SYSTEM_2, LAST),
-    "system 2, zeros": (dataclasses.replace(SYSTEM_2, initial_candidate="zeros"), LAST),
 }
 
 
@@ -103,7 +109,7 @@ def value_and_grad(model, setup, objective=None, packed=False, drawn=False):
     In double precision, so that only mistakes make a difference; in float32 where
     everything is drawn.
     """
-    setup = dataclasses.replace(setup, num_landscapes=model.num_landscapes)
+    setup = change(setup, num_landscapes=model.num_landscapes)
     built = refined(models.build(model), setup, objective or ObjectiveConfig())
     rng = np.random.default_rng(1)
     with jax.enable_x64(not drawn):
@@ -128,7 +134,7 @@ def assert_same(actual, expected, tolerance=1e-9):
 
 
 def plainly(setup):
-    return dataclasses.replace(setup, meta_gradient="autodiff")
+    return change(setup, meta_gradient="autodiff")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -155,24 +161,24 @@ def test_packed_documents():
     assert_same(quick, value_and_grad(model_of(), plainly(SYSTEM_1), packed=True))
 
 
-@pytest.mark.parametrize("name", ["scaled", "steps drawn", "system 2"])
+@pytest.mark.parametrize("name", ["one step", "steps drawn", "system 2"])
 def test_the_same_numbers_are_drawn(name):
     setup, objective = SETUPS[name]
     exact = value_and_grad(model_of(), plainly(setup), objective, drawn=True)
-    part = dataclasses.replace(setup, block=3)
+    part = change(setup, block=3)
     quick = value_and_grad(model_of(), part, objective, drawn=True)
     assert_same(quick, exact, 1e-4)
 
 
 @pytest.mark.parametrize(
     ("setup", "objective", "block"),
-    [(SYSTEM_1, None, block) for block in (1, 3, 8, 100)] + [(SYSTEM_2, LAST, 3)],
+    [(SYSTEM_1, None, block) for block in (1, 3, 8)] + [(SYSTEM_2, LAST, 3)],
 )
 def test_no_number_depends_on_the_block(setup, objective, block):
     """Blocks of a prediction, of part of a sequence, of several; also with remat."""
     model = model_of(remat="full", unroll=0) if block == 3 else model_of()
     whole = value_and_grad(model_of(), setup, objective)
-    part = dataclasses.replace(setup, block=block)
+    part = change(setup, block=block)
     assert_same(value_and_grad(model, part, objective), whole)
 
 
@@ -181,7 +187,7 @@ def test_anchors_and_contexts_get_gradients_from_every_block(conditioning):
     fields = {"conditioning": conditioning, "num_landscapes": 3}
     if conditioning == "adaln":
         fields["candidate_input"] = "anchored"
-    setup = dataclasses.replace(SYSTEM_1, num_steps=5, block=2)
+    setup = change(SYSTEM_1, num_steps=5, block=2)
     quick = value_and_grad(model_of(**fields), setup)
     assert_same(quick, value_and_grad(model_of(**fields), plainly(setup)))
 
@@ -190,7 +196,7 @@ def test_nothing_as_large_as_batch_seq_vocab_is_kept():
     """Streamed, the compiled gradient has less temporary memory than one such array."""
     count, length, vocab = 8, 64, 4096
     model = model_of(vocab_size=vocab, remat="full", unroll=0)
-    setup = dataclasses.replace(SYSTEM_1, block=32)
+    setup = change(SYSTEM_1, block=32)
     objective = refined(models.build(model), setup, ObjectiveConfig())
     ids = jax.ShapeDtypeStruct((count, length), jnp.int32)
     weights = jax.ShapeDtypeStruct((count, length), jnp.float32)
@@ -222,7 +228,7 @@ def test_the_loss_alone_is_the_same_and_its_gradient_is_scaled():
 
 
 @pytest.mark.parametrize(
-    ("change", "objective"),
+    ("fields", "objective"),
     [
         ({"meta_gradient": "autodiff"}, ObjectiveConfig()),
         ({"gradient_clamp": 1.0}, ObjectiveConfig()),
@@ -237,9 +243,9 @@ def test_the_loss_alone_is_the_same_and_its_gradient_is_scaled():
         ({}, ObjectiveConfig(contrastive_weight=0.1)),
     ],
 )
-def test_the_rest_is_left_to_plain_refinement(change, objective):
+def test_the_rest_is_left_to_plain_refinement(fields, objective):
     assert covers(SYSTEM_1, ObjectiveConfig()) and covers(SYSTEM_2, LAST)
-    assert not covers(dataclasses.replace(SYSTEM_1, **change), objective)
+    assert not covers(change(SYSTEM_1, **fields), objective)
 
 
 def test_mapping_in_groups_draws_the_same_numbers(monkeypatch):

@@ -23,6 +23,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from ebt_jax.data.config import DataConfig
+from ebt_jax.errors import UserError
 from ebt_jax.evaluation import bench_compiled, bench_timed
 from ebt_jax.evaluation.bench_settings import Settings
 from ebt_jax.models.config import ModelConfig
@@ -121,8 +122,12 @@ def bench_config(settings: Settings, kind: str, batch: int) -> Config:
         **{name: value for name, value in given.items() if value is not None},
     )
     refine, objective = _system(settings.system, settings.refine_steps)
-    if settings.block is not None:
-        refine = dataclasses.replace(refine, block=settings.block)
+    changed = {"block": settings.block, "meta_gradient": settings.meta_gradient}
+    given = {name: value for name, value in changed.items() if value is not None}
+    try:
+        refine = dataclasses.replace(refine, **given)
+    except ValueError as error:
+        raise UserError(f"refine.{error}") from error
     return resolve(
         Config(
             model=model,

@@ -25,6 +25,7 @@ class Settings:
     candidate_input: str = "embedding"  # embedding | anchored
     conditioning: str | None = None  # None: time_embed, of anchored candidates default
     block: int | None = None  # predictions trained on at a time, as in refine.block
+    meta_gradient: str | None = None  # as in refine.meta_gradient
     remat: str | None = None  # as in model.remat
     unroll: int | None = None  # as in model.unroll
     attention_block: int | None = None  # as in model.attention_block

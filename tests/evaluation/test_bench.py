@@ -360,6 +360,7 @@ def test_a_peer_that_does_other_work_is_refused(monkeypatch):
         (["memory", "--seq=8", "--seq_to=20"], "from seq (8); make it 16 or 32"),
         (["memory", "--seq=8", "--seq_to=4"], "from seq (8); make it 8 or 16"),
         (["train", "--dtype=int8"], "model.dtype is 'int8'"),
+        (["train", "--meta_gradient=x"], "refine.meta_gradient is 'x', but has to be"),
         (["memory", "--peer=x"], "--peer is for bench train and bench decode, not for"),
         (["train", "--peer=x", "--model=both"], "--peer and --model=both do not go"),
         (
