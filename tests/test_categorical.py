@@ -167,7 +167,8 @@ def test_the_same_numbers_are_drawn(name):
     exact = value_and_grad(model_of(), plainly(setup), objective, drawn=True)
     part = change(setup, block=3)
     quick = value_and_grad(model_of(), part, objective, drawn=True)
-    assert_same(quick, exact, 1e-4)
+    # Steps magnify the rounding of float32; another draw would move far more.
+    assert_same(quick, exact, 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def test_bfloat16_keeps_energies_and_gradients_float32_and_near(exact):
         assert leaf.dtype == like.dtype == jnp.float32
         assert np.isfinite(leaf).all()
     (_, energies), (_, exact_energies) = half[0], exact[0]
-    assert largest_relative(energies[0], exact_energies[0]) < 0.05
-    assert largest_relative(half[0][0], exact[0][0]) < 0.05
+    assert largest_relative(energies[0], exact_energies[0]) < 0.1
+    assert largest_relative(half[0][0], exact[0][0]) < 0.1
     assert 0 < largest_relative(energies, exact_energies)
 
 
