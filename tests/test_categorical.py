@@ -164,11 +164,11 @@ def test_packed_documents():
 @pytest.mark.parametrize("name", ["one step", "steps drawn", "system 2"])
 def test_the_same_numbers_are_drawn(name):
     setup, objective = SETUPS[name]
+    setup = change(setup, step_size=0.5)  # large ones magnify the rounding of float32
     exact = value_and_grad(model_of(), plainly(setup), objective, drawn=True)
     part = change(setup, block=3)
     quick = value_and_grad(model_of(), part, objective, drawn=True)
-    # Steps magnify the rounding of float32; another draw would move far more.
-    assert_same(quick, exact, 1e-3)
+    assert_same(quick, exact, 1e-4)
 
 
 @pytest.mark.parametrize(
