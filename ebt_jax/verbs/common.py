@@ -1,0 +1,46 @@
+"""What several verbs share: flags of the same meaning, and checks of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from ebt_jax.command import Flag
+from ebt_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ebt_jax.data.config import DataConfig
+
+INTEGER, FLOAT = flags.DEFINE_integer, flags.DEFINE_float
+COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
+POSITIVE = functools.partial(flags.DEFINE_integer, lower_bound=1)
+
+WORKDIR = Flag("workdir", "folder of the run")
+CHECKPOINT = Flag("checkpoint", "step of a checkpoint; else the newest", None, INTEGER)
+NUM_STEPS = Flag("num_steps", "refinement steps; 0 for the trained number", 0, COUNT)
+TEXT_KEY = Flag("text_key", "field of a record with the text; else the config's")
+
+
+def required(values: flags.FlagValues, name: str, what: str) -> Any:
+    """The value of a flag that has to be given.
+
+    Args:
+      values: of the command line's flags.
+      name: of the flag.
+      what: it has to be given, for the message.
+
+    Raises:
+      UserError: if it is missing or empty.
+    """
+    if not values[name].value:
+        raise UserError(f"--{name} is missing; give it {what}")
+    return values[name].value
+
+
+def changed(data: DataConfig, **changes: str | None) -> DataConfig:
+    """The config with those changes that are given."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(data, **given)

@@ -1,0 +1,102 @@
+"""`ebt evaluate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from absl import flags
+
+from ebt_jax.command import Flag, Verb
+from ebt_jax.verbs.common import (
+    CHECKPOINT,
+    COUNT,
+    NUM_STEPS,
+    TEXT_KEY,
+    WORKDIR,
+    changed,
+    required,
+)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Scores text with a checkpoint of --workdir and prints the results."""
+    workdir = required(values, "workdir", "the folder of a trained run")
+
+    from ebt_jax.data import pipeline, tokenizers
+    from ebt_jax.evaluation.metrics import evaluate
+    from ebt_jax.training import checkpoint
+    from ebt_jax.training.config import resolve
+    from ebt_jax.training.monitor import finite
+    from ebt_jax.training.objective import build_objective
+
+    path, config = checkpoint.open_workdir(workdir)
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    config = resolve(config, tokenizer.vocab_size)
+    params = checkpoint.restore_params(path, values.checkpoint)
+    data = changed(
+        config.data,
+        path=values.data,
+        text_key=values.text_key,
+        packing=values.packing,
+    )
+    batches = pipeline.held_out_batches(
+        data,
+        tokenizer,
+        batch_size=values.batch_size or config.eval.batch_size,
+        sequences=values.sequences,
+        split="held_out" if values.data is None else "all",
+    )
+    results = evaluate(
+        build_objective(config),
+        params,
+        batches,
+        seed=config.eval.seed,
+        num_steps=values.num_steps,
+        progress=sys.stderr.isatty(),
+    )
+    about = {
+        "workdir": str(path),
+        "checkpoint": values.checkpoint or checkpoint.latest_step(path),
+        "data": values.data or f"held-out part of {data.held_out_path or data.path}",
+    }
+    if values.json:
+        print(json.dumps(about | finite(results), allow_nan=False))
+    else:
+        print(_table(about, results))
+
+
+def _table(about: dict[str, Any], results: dict[str, float]) -> str:
+    """Results for people, one line each."""
+    notes = {
+        "nll": "nats per token",
+        "energy_gap": "before - after",
+        "energy_rose": "share of predictions whose energy rose",
+        "tokens": "scored",
+    }
+    lines = [f"{name:<24}{value}" for name, value in about.items()]
+    for name, value in results.items():
+        number = f"{value:,.0f}" if name in ("tokens", "sequences") else f"{value:.5g}"
+        lines.append(f"{name:<24}{number:<12}{notes.get(name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+VERB = Verb(
+    summary="score text: nll, perplexity, bits per byte, energies",
+    details="Scores what the run has held out, or any text. The batch size changes "
+    "no result.",
+    example="ebt evaluate --workdir=runs/a --num_steps=4",
+    call=run,
+    flags=(
+        WORKDIR,
+        Flag("data", "what to score, as in data.path; else what is held out"),
+        TEXT_KEY,
+        Flag("packing", "concat, first_fit or document; else the config's"),
+        NUM_STEPS,
+        CHECKPOINT,
+        Flag("batch_size", "sequences at once; 0 for the config's", 0, COUNT),
+        Flag("sequences", "how many to score; 0 for all", 0, COUNT),
+        Flag("json", "prints one line of JSON", False, flags.DEFINE_boolean),
+    ),
+)

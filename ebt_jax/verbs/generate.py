@@ -1,0 +1,148 @@
+"""`ebt generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from ebt_jax.command import Flag, Verb
+from ebt_jax.errors import UserError
+from ebt_jax.verbs.common import (
+    CHECKPOINT,
+    FLOAT,
+    INTEGER,
+    NUM_STEPS,
+    POSITIVE,
+    WORKDIR,
+    required,
+)
+
+if TYPE_CHECKING:
+    from ebt_jax.evaluation.generation import Continuation
+
+
+def run(values: flags.FlagValues) -> None:
+    """Continues prompts with a checkpoint of --workdir and prints the texts."""
+    workdir = required(values, "workdir", "the folder of a trained run")
+    prompts = required(values, "prompt", "a text to continue, once or more")
+
+    stream = _streamed(values, len(prompts) * values.samples)
+
+    from ebt_jax.data import tokenizers
+    from ebt_jax.evaluation.generation import generate
+    from ebt_jax.evaluation.sampling import Sampling
+    from ebt_jax.thinking import AS_TRAINED, Thinking
+    from ebt_jax.training import checkpoint
+    from ebt_jax.training.config import resolve
+    from ebt_jax.training.objective import build_objective
+
+    thinking = Thinking(values.num_steps, values.best_of, values.tolerance)
+    path, config = checkpoint.open_workdir(workdir)
+    landscapes, most = config.refine.num_landscapes, config.refine.num_steps
+    if config.model.kind != "ebt" and thinking != AS_TRAINED:
+        raise UserError(
+            f"the run's model is a {config.model.kind}, which predicts in one pass; "
+            "leave out --num_steps, --best_of and --tolerance"
+        )
+    if values.tolerance is not None and (values.num_steps or most) <= landscapes:
+        raise UserError(
+            f"--tolerance={values.tolerance} has nothing to end: a step in each "
+            f"landscape is always taken, and there are {landscapes}; give a larger "
+            "--num_steps, the most of them"
+        )
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    config = resolve(config, tokenizer.vocab_size)
+    made = generate(
+        build_objective(config),
+        checkpoint.restore_params(path, values.checkpoint),
+        tokenizer,
+        prompts,
+        context=config.data.context,
+        new_tokens=values.new,
+        sampling=Sampling(values.temperature, values.top_k, values.top_p),
+        thinking=thinking,
+        samples=values.samples,
+        seed=values.seed,
+        stop_tokens=values.stop or (),
+        on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
+    )
+    if stream:
+        print()
+    elif values.json:
+        for continuation in made:
+            print(json.dumps(_row(continuation)))
+    else:
+        print("\n\n".join(continuation.text for continuation in made))
+
+
+def _streamed(values: flags.FlagValues, continuations: int) -> bool:
+    """Whether text is printed as it is made."""
+    alone = continuations == 1 and not values.json
+    if values.stream and not alone:
+        why = "--json prints whole ones" if values.json else f"not of {continuations}"
+        raise UserError(
+            f"--stream prints the text of one continuation, {why}; leave it out"
+        )
+    return alone and (sys.stdout.isatty() if values.stream is None else values.stream)
+
+
+def _row(continuation: Continuation) -> dict[str, Any]:
+    """A continuation as an object of JSON."""
+    steps = continuation.num_steps
+    return {
+        "prompt": continuation.prompt,
+        "sample": continuation.sample,
+        "text": continuation.text,
+        "tokens": continuation.tokens.tolist(),
+        "refinement_steps": float(steps.mean()) if len(steps) else 0.0,
+    }
+
+
+VERB = Verb(
+    summary="continue prompts with a trained model",
+    details="What a prompt becomes depends on the seed and its number, not on the "
+    "other prompts.\n--json prints a line for each continuation: prompt, sample, "
+    "text, tokens and the mean\nrefinement steps of a token.",
+    example="ebt generate --workdir=runs/a --prompt='The statement' --new=300",
+    call=run,
+    flags=(
+        WORKDIR,
+        Flag(
+            "prompt",
+            "text to continue; repeat it for several",
+            None,
+            flags.DEFINE_multi_string,
+        ),
+        Flag("new", "tokens to add", 200, INTEGER),
+        Flag("temperature", "0 always takes the likeliest token", 0.8, FLOAT),
+        Flag("top_k", "draws from so many likeliest tokens; 0: all", 0, INTEGER),
+        Flag("top_p", "draws from this much probability; 1: all", 1.0, FLOAT),
+        Flag(
+            "stop",
+            "token that ends a text; repeat it for several",
+            None,
+            flags.DEFINE_multi_string,
+        ),
+        Flag("samples", "continuations of each prompt", 1, POSITIVE),
+        Flag("seed", "of everything that is drawn", 0, INTEGER),
+        NUM_STEPS,
+        Flag("best_of", "candidates a token; the lowest energy wins", 1, POSITIVE),
+        Flag(
+            "tolerance",
+            "refines until an energy falls by no more; --num_steps is the most",
+            None,
+            FLOAT,
+        ),
+        CHECKPOINT,
+        Flag(
+            "stream",
+            "prints text as it is made; else where one text goes to a terminal",
+            None,
+            flags.DEFINE_boolean,
+        ),
+        Flag("json", "prints lines of JSON", False, flags.DEFINE_boolean),
+    ),
+)
