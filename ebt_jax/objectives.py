@@ -1,28 +1,35 @@
 """Meta-losses: what is minimised with respect to the parameters.
 
-An `Objective` is four pure functions. The train loop, the evaluation and the text
-generator see nothing else, so a feed-forward baseline is just another objective.
-
-Batches are dicts of arrays. Every modality has `weights` `[*batch]`, float, 0 where a
-prediction does not count (padding), and, for evaluation, `index` `[batch]`, an integer
-that names each sequence. What else there is, the model knows.
+Each makes an `Objective` (see `interfaces.py`) of a model: `refined` of an energy model,
+`feed_forward` of one that predicts in one pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ebt_jax.categorical import Categorical, Plan, covers, falling, loss_and_gradient
+from ebt_jax.categorical import Plan, covers, falling, loss_and_gradient
+from ebt_jax.interfaces import (
+    Batch,
+    Caching,
+    Decoder,
+    Draws,
+    EnergyModel,
+    FeedForward,
+    Metrics,
+    Objective,
+)
 from ebt_jax.meta_gradient import with_gradient
+from ebt_jax.objective_config import MIN_STEP_SIZE, ObjectiveConfig, RefineSetup
 from ebt_jax.randomness import fold_in, prediction_keys, typed, uniform
 from ebt_jax.refine import (
-    EnergyFn,
     PyTree,
     RefineConfig,
     Schedule,
@@ -32,193 +39,6 @@ from ebt_jax.refine import (
     refine,
 )
 from ebt_jax.thinking import Thinking, Thought, final_energy, think
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
-MIN_STEP_SIZE = 1e-4  # learnt step sizes are kept at or above this (published code)
-
-
-@dataclasses.dataclass(frozen=True)
-class RefineSetup(RefineConfig):
-    """A refinement together with what it starts from and what of it is learnt."""
-
-    step_size: float = 5.0  # initial step size (alpha)
-    step_size_learnable: bool = True  # False: stays as it is
-    noise_learnable: bool = False  # True: noise_std is the initial value of a parameter
-    initial_candidate: str = "noise"  # noise | zeros
-    initial_scale: float = 1.0  # standard deviation of the initial noise
-    block: int = 0  # predictions trained on at a time; 0: 512 on a CPU, else all
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.step_size >= MIN_STEP_SIZE:
-            raise ValueError(
-                f"step_size is {self.step_size}, but has to be at least {MIN_STEP_SIZE}"
-            )
-        if self.initial_candidate not in ("noise", "zeros"):
-            raise ValueError(
-                f"initial_candidate is {self.initial_candidate!r}, but has to be one "
-                "of noise, zeros"
-            )
-        if not self.initial_scale >= 0:
-            raise ValueError(
-                f"initial_scale is {self.initial_scale}, but cannot be negative"
-            )
-        if self.block < 0:
-            raise ValueError(
-                f"block is {self.block}, but has to be positive, or 0 for the default"
-            )
-        if self.noise_learnable and not self.noise_std:
-            raise ValueError(
-                "noise_learnable is True, but noise_std is 0; give its initial value"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """What of a refinement is scored, and how."""
-
-    loss_steps: str = "all"  # all: mean over steps | last
-    reconstruction_weight: float = 1.0  # weight of the refined candidate's loss
-    label_smoothing: float = 0.0  # at the first step; falls to 0 at the last
-    contrastive_weight: float = 0.0  # weight of E(target) against E(candidate)
-
-    def __post_init__(self) -> None:
-        if self.loss_steps not in ("all", "last"):
-            raise ValueError(
-                f"loss_steps is {self.loss_steps!r}, but has to be one of all, last"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"label_smoothing is {self.label_smoothing}, but has to be in [0, 1)"
-            )
-
-
-class Decoder(NamedTuple):
-    """How sequences are continued without encoding them anew for each token.
-
-    Attributes:
-      prepare: `(params) -> params` for the functions below, which take them with and
-        without; they read prepared ones faster. Not to be called under `jit`.
-      prefill: `(params, tokens, lengths) -> cache`; tokens `[batch, capacity]`, with
-        anything behind the end of a sequence, lengths `[batch]`, at least 1.
-      predict: `(params, cache, index, key, thinking) -> Thought`, what follows each
-        sequence: candidates `[batch, ...]`, for text logits `[batch, vocab]`, and their
-        refinement steps `[batch]`. The same as `Objective.predict` gives at the last
-        position of a sequence named `index`.
-      append: `(params, cache, tokens) -> cache`, one token `[batch]` more. A sequence
-        that outgrows the capacity is lost; no other is.
-    """
-
-    prepare: Callable[[PyTree], PyTree]
-    prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
-    predict: Callable[[PyTree, PyTree, jax.Array, jax.Array, Thinking], Thought]
-    append: Callable[[PyTree, PyTree, jax.Array], PyTree]
-
-
-class Objective(NamedTuple):
-    """What the rest of the system knows of a model.
-
-    Attributes:
-      init: `(key) -> params`, a plain nested dict of arrays.
-      loss: `(params, batch, key) -> (loss, metrics)`. `metrics["tokens"]` is the sum of
-        weights that the loss is a mean over.
-      evaluate: `(params, batch, key, num_steps) -> arrays`, per prediction and step:
-        `nll` `[steps, *batch]`, and where there is an energy, `energy`
-        `[steps + 1, *batch]` (its last row: that of the final candidate in the last
-        landscape) and `gradient_norm` `[steps, *batch]`. num_steps 0 is the trained
-        number. A draw depends on (key, `batch["index"]`, position) alone.
-      predict: `(params, batch, key, thinking) -> candidate` after the last step; for
-        text logits `[batch, seq, vocab]`. Draws as in `evaluate`. A feed-forward model
-        does not think, whatever it is told.
-      decoder: continues sequences; None where the model has no `caching`.
-    """
-
-    init: Callable[[jax.Array], PyTree]
-    loss: Callable[..., tuple[jax.Array, Metrics]]
-    evaluate: Callable[[PyTree, Batch, jax.Array, int], dict[str, jax.Array]]
-    predict: Callable[[PyTree, Batch, jax.Array, Thinking], PyTree]
-    decoder: Decoder | None = None
-
-
-class Caching(NamedTuple):
-    """Sequences that are encoded once and grow by a token at a time.
-
-    Attributes:
-      prepare: as in `Decoder`.
-      prefill: as in `Decoder`.
-      append: as in `Decoder`.
-      following: `(params, cache) ->` what follows each sequence, `[batch, 1, ...]`: of
-        an energy model the context of a candidate for it, of a feed-forward model its
-        prediction.
-      length: `(cache) -> [batch]`, tokens of each sequence.
-    """
-
-    prepare: Callable[[PyTree], PyTree]
-    prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
-    append: Callable[[PyTree, PyTree, jax.Array], PyTree]
-    following: Callable[[PyTree, PyTree], PyTree]
-    length: Callable[[PyTree], jax.Array]
-
-
-class Draws(NamedTuple):
-    """What training draws, given instead of drawn where it is not None.
-
-    Attributes:
-      candidate: the initial candidate.
-      noise: standard normals `[num_steps, *batch, ...]`.
-      jitter: standard uniforms `[*batch]`.
-      schedule: number of steps and landscapes.
-    """
-
-    candidate: PyTree | None = None
-    noise: PyTree | None = None
-    jitter: jax.Array | None = None
-    schedule: Schedule | None = None
-
-
-class EnergyModel(NamedTuple):
-    """An energy network and the space it predicts in.
-
-    Attributes:
-      init: `(key) -> params`.
-      encode_context: `(params, batch) -> context`, all that no candidate can change.
-      energy: see `refine.EnergyFn`.
-      initial_candidate: `(key, batch) -> candidate` of standard normals; `key` may be
-        an array of keys, one for each prediction.
-      normalize: stored candidate -> energy space.
-      loss: `(candidate, batch, smoothing) -> [*batch]`, of a stored candidate.
-      target: `(batch) -> candidate`, the right answer in energy space.
-      caching: continues sequences; None where predictions are not one after another.
-      categorical: a faster way to train; None where candidates are not distributions.
-    """
-
-    init: Callable[[jax.Array], PyTree]
-    encode_context: Callable[[PyTree, Batch], PyTree]
-    energy: EnergyFn
-    initial_candidate: Callable[[jax.Array, Batch], PyTree]
-    normalize: Callable[[PyTree], PyTree]
-    loss: Callable[..., jax.Array]
-    target: Callable[[Batch], PyTree]
-    caching: Caching | None = None
-    categorical: Categorical | None = None
-
-
-class FeedForward(NamedTuple):
-    """A model that predicts in one pass.
-
-    Attributes:
-      init: `(key) -> params`.
-      predict: `(params, batch) -> candidate`; for text logits `[batch, seq, vocab]`.
-      loss: `(candidate, batch, smoothing) -> [*batch]`.
-      caching: continues sequences; None where predictions are not one after another.
-    """
-
-    init: Callable[[jax.Array], PyTree]
-    predict: Callable[[PyTree, Batch], PyTree]
-    loss: Callable[..., jax.Array]
-    caching: Caching | None = None
 
 
 def refined(
@@ -494,9 +314,17 @@ def _decoder(
 
 
 def _training_keys(key: jax.Array, batch: Batch) -> jax.Array:
-    """A key for each prediction, by its place in the batch."""
-    shape = batch["weights"].shape
-    return jax.random.split(typed(key), shape)
+    """A key for each prediction, by its place in the batch.
+
+    Those of `jax.random.split(key, [*batch])`, of which a device that holds a part of
+    the batch makes its own.
+    """
+    count, *rest = batch["weights"].shape
+    rows = batch["row"] if "row" in batch else jnp.arange(count)
+    inner = jnp.arange(math.prod(rest)).reshape(rest)
+    places = rows.reshape(-1, *(1 for _ in rest)) * inner.size + inner[None]
+    draw = functools.partial(jax.random.fold_in, typed(key))
+    return jax.vmap(draw)(places.reshape(-1)).reshape(places.shape)
 
 
 def _positions(batch: Batch) -> jax.Array:
