@@ -28,49 +28,19 @@ before it are plain forward passes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ebt_jax.interfaces import Batch, Categorical
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.randomness import fold_in, normal, normal_like, over_predictions
 from ebt_jax.refine import PyTree
 from ebt_jax.refine_config import Schedule
 
-if TYPE_CHECKING:
-    from ebt_jax.objectives import Batch, ObjectiveConfig, RefineSetup
-
 CPU_BLOCK = 512  # predictions whose activations stay in the caches of a CPU
-
-
-class Categorical(NamedTuple):
-    """An energy network whose candidates are distributions over a vocabulary.
-
-    Attributes:
-      tables: names of the parameters that have a row for each entry of the vocabulary;
-        no other function than `table` and `token_table` uses them.
-      table: `(params) -> [vocab, dim]`, W.
-      token_table: `(params) -> [vocab, dim]`, whose rows contexts are encoded from.
-      prepare: `(params) -> params`, another arrangement of those that are not tables,
-        for `encode` and `energy`.
-      dtype: of products and activations; None for that of the parameters.
-      encode: `(params, embedded, batch, landscape) -> past`, float arrays, what
-        candidates see in one landscape.
-      energy: `(params, past, batch, index, x, landscape) -> [batch, seq]`, energies by
-        embedded candidates x `[batch, seq, dim]`, that stand at `index` `[seq]` of
-        their sequences.
-      num_contexts: 1 where the past is the same in all landscapes, else their number.
-    """
-
-    tables: tuple[str, ...]
-    table: Callable[[PyTree], jax.Array]
-    token_table: Callable[[PyTree], jax.Array]
-    prepare: Callable[[PyTree], PyTree]
-    dtype: Any
-    encode: Callable[..., PyTree]
-    energy: Callable[..., jax.Array]
-    num_contexts: int
 
 
 class Plan(NamedTuple):

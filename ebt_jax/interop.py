@@ -23,7 +23,7 @@ import numpy as np
 from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES, ModelConfig
-from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config, OptimConfig, TrainConfig
 from ebt_jax.training.objective import build_objective

@@ -1,7 +1,7 @@
 """Meta-losses: what is minimised with respect to the parameters.
 
-Each makes an `Objective` (see `interfaces.py`) of a model: `refined` of an energy model,
-`feed_forward` of one that predicts in one pass.
+Each makes an `Objective` (see `interfaces.py`) of a model: `refined` of an energy
+model, `feed_forward` of one that predicts in one pass.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ import ml_collections
 from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES, ModelConfig
-from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.training.config import (
     CheckpointConfig,
     Config,

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from ebt_jax.objectives import Decoder
+from ebt_jax.interfaces import Decoder
 from ebt_jax.thinking import Thought
 
 

@@ -26,7 +26,9 @@ import numpy as np
 
 from ebt_jax import interop, models
 from ebt_jax.errors import UserError
-from ebt_jax.objectives import MIN_STEP_SIZE, Draws, refined
+from ebt_jax.interfaces import Draws
+from ebt_jax.objective_config import MIN_STEP_SIZE
+from ebt_jax.objectives import refined
 from ebt_jax.refine import Schedule, make_schedule, refine
 from ebt_jax.thinking import AS_TRAINED
 from ebt_jax.training.config import Config

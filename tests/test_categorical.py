@@ -10,8 +10,10 @@ import pytest
 
 from ebt_jax import models
 from ebt_jax.categorical import covers
+from ebt_jax.interfaces import Draws
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import Draws, ObjectiveConfig, RefineSetup, refined
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.objectives import refined
 from ebt_jax.randomness import over_predictions
 
 BATCH, SEQ, VOCAB = 4, 5, 11

@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 
 from ebt_jax import models
+from ebt_jax.interfaces import Draws, EnergyModel, FeedForward
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.models.text import cross_entropy
-from ebt_jax.objectives import (
-    MIN_STEP_SIZE,
-    Draws,
-    EnergyModel,
-    FeedForward,
-    ObjectiveConfig,
-    RefineSetup,
-    feed_forward,
-    refined,
-)
+from ebt_jax.objective_config import MIN_STEP_SIZE, ObjectiveConfig, RefineSetup
+from ebt_jax.objectives import feed_forward, refined
 from ebt_jax.randomness import normal
 from ebt_jax.refine import Schedule
 from ebt_jax.thinking import AS_TRAINED, Thinking

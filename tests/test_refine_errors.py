@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.refine import RefineConfig, refine, refine_until
 
 START = jnp.ones((2, 3))

@@ -27,7 +27,7 @@ from ebt_jax.errors import UserError
 from ebt_jax.evaluation import bench_compiled, bench_timed
 from ebt_jax.evaluation.bench_settings import Settings
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.thinking import Thinking
 from ebt_jax.training.config import Config, OptimConfig, TrainConfig, resolve
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ebt_jax.evaluation.sampling import Sampling, choose
-from ebt_jax.objectives import Decoder, Objective
+from ebt_jax.interfaces import Decoder, Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.thinking import Thinking
 

@@ -35,7 +35,7 @@ import jax
 import jax.extend
 from jax.interpreters import partial_eval
 
-from ebt_jax.objectives import RefineSetup
+from ebt_jax.objective_config import RefineSetup
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config
 

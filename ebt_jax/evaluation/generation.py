@@ -18,7 +18,7 @@ import numpy as np
 from ebt_jax.errors import UserError
 from ebt_jax.evaluation.decoding import NONE, PIECE, decoder_of, encode, extend
 from ebt_jax.evaluation.sampling import Sampling, check_sampling
-from ebt_jax.objectives import Objective
+from ebt_jax.interfaces import Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.thinking import AS_TRAINED, Thinking
 

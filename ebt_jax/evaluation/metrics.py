@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ebt_jax.errors import UserError
-from ebt_jax.objectives import Batch, Objective
+from ebt_jax.interfaces import Batch, Objective
 from ebt_jax.refine import PyTree
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ebt_jax.interfaces import EnergyModel, FeedForward
 from ebt_jax.models import text
 from ebt_jax.models.config import SIZES, ModelConfig
-from ebt_jax.objectives import EnergyModel, FeedForward
 
 __all__ = ["SIZES", "ModelConfig", "build"]
 

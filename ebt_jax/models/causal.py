@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ebt_jax.interfaces import Batch
 from ebt_jax.models.attention import Visible, rotation
 from ebt_jax.models.blocks import (
     Block,
@@ -28,7 +29,6 @@ from ebt_jax.models.blocks import (
     xavier_normal,
 )
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import Batch
 from ebt_jax.refine import PyTree
 
 

@@ -12,10 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ebt_jax.categorical import Categorical
+from ebt_jax.interfaces import Batch, Caching, Categorical, EnergyModel, FeedForward
 from ebt_jax.models import causal
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import Batch, Caching, EnergyModel, FeedForward
 from ebt_jax.randomness import normal
 from ebt_jax.refine import PyTree
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from ebt_jax.data.tokenizers import Tokenizer
 from ebt_jax.evaluation import generation, metrics, plots
-from ebt_jax.objectives import Objective
+from ebt_jax.interfaces import Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.thinking import Thinking
 from ebt_jax.training.checkpoint import replace_text

@@ -18,7 +18,7 @@ import ml_collections
 from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 
 
 def _positive(section: Any, where: str, name: str) -> None:

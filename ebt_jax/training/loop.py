@@ -23,7 +23,7 @@ from orbax.checkpoint import CheckpointManager
 
 from ebt_jax.data import pipeline, tokenizers
 from ebt_jax.errors import TrainingDiverged, UserError
-from ebt_jax.objectives import Metrics, Objective
+from ebt_jax.interfaces import Metrics, Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.training import checkpoint
 from ebt_jax.training.closing import close_run, evaluate, read_summary

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ebt_jax import models
-from ebt_jax.objectives import FeedForward, Objective, feed_forward, refined
+from ebt_jax.interfaces import FeedForward, Objective
+from ebt_jax.objectives import feed_forward, refined
 from ebt_jax.training.config import Config
 
 

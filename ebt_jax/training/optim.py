@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from ebt_jax.errors import UserError
-from ebt_jax.objectives import RefineSetup
+from ebt_jax.objective_config import RefineSetup
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import OptimConfig
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ebt_jax.objectives import Batch, Metrics, Objective
+from ebt_jax.interfaces import Batch, Metrics, Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.training.optim import Schedule
 from ebt_jax.training.sharding import batch_sharded, replicated

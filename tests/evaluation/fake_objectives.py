@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from decoding import recomputing
 
-from ebt_jax.objectives import Objective
+from ebt_jax.interfaces import Objective
 
 VOCAB = 256
 

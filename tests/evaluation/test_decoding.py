@@ -12,7 +12,7 @@ from ebt_jax.evaluation.decoding import NONE, PIECE, encode, extend
 from ebt_jax.evaluation.generation import generate_ids
 from ebt_jax.evaluation.sampling import Sampling
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import RefineSetup
+from ebt_jax.objective_config import RefineSetup
 from ebt_jax.thinking import AS_TRAINED, Thinking
 from ebt_jax.training.config import Config
 from ebt_jax.training.objective import build_objective

@@ -15,7 +15,7 @@ from ebt_jax.evaluation.flops import (
 )
 from ebt_jax.evaluation.inspect import batch_shapes
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.training.config import Config, TrainConfig, resolve
 from ebt_jax.training.objective import build_objective
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from decoding import recomputing
 
+from ebt_jax.interfaces import Objective
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objectives import Objective
 from ebt_jax.training.config import (
     CheckpointConfig,
     Config,

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from ebt_jax.errors import UserError
-from ebt_jax.objectives import RefineSetup
+from ebt_jax.objective_config import RefineSetup
 from ebt_jax.training.config import OptimConfig
 from ebt_jax.training.optim import learning_rates, make_optimizer, parameter_groups
 

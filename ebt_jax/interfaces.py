@@ -1,0 +1,178 @@
+"""The contracts between models, losses and everything that uses them.
+
+A model is an `EnergyModel` or a `FeedForward`; `objectives.py` makes an `Objective` of
+it, which is four pure functions. The train loop, the evaluation and the text generator
+see nothing else, so a feed-forward baseline is just another objective.
+
+Batches are dicts of arrays. Every modality has `weights` `[*batch]`, float, 0 where a
+prediction does not count (padding), and, for evaluation, `index` `[batch]`, an integer
+that names each sequence. What else there is, the model knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from ebt_jax.refine import EnergyFn, PyTree, Schedule
+from ebt_jax.thinking import Thinking, Thought
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Objective(NamedTuple):
+    """What the rest of the system knows of a model.
+
+    Attributes:
+      init: `(key) -> params`, a plain nested dict of arrays.
+      loss: `(params, batch, key) -> (loss, metrics)`. `metrics["tokens"]` is the sum of
+        weights that the loss is a mean over.
+      evaluate: `(params, batch, key, num_steps) -> arrays`, per prediction and step:
+        `nll` `[steps, *batch]`, and where there is an energy, `energy`
+        `[steps + 1, *batch]` (its last row: that of the final candidate in the last
+        landscape) and `gradient_norm` `[steps, *batch]`. num_steps 0 is the trained
+        number. A draw depends on (key, `batch["index"]`, position) alone.
+      predict: `(params, batch, key, thinking) -> candidate` after the last step; for
+        text logits `[batch, seq, vocab]`. Draws as in `evaluate`. A feed-forward model
+        does not think, whatever it is told.
+      decoder: continues sequences; None where the model has no `caching`.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    loss: Callable[..., tuple[jax.Array, Metrics]]
+    evaluate: Callable[[PyTree, Batch, jax.Array, int], dict[str, jax.Array]]
+    predict: Callable[[PyTree, Batch, jax.Array, Thinking], PyTree]
+    decoder: Decoder | None = None
+
+
+class Decoder(NamedTuple):
+    """How sequences are continued without encoding them anew for each token.
+
+    Attributes:
+      prepare: `(params) -> params` for the functions below, which take them with and
+        without; they read prepared ones faster. Not to be called under `jit`.
+      prefill: `(params, tokens, lengths) -> cache`; tokens `[batch, capacity]`, with
+        anything behind the end of a sequence, lengths `[batch]`, at least 1.
+      predict: `(params, cache, index, key, thinking) -> Thought`, what follows each
+        sequence: candidates `[batch, ...]`, for text logits `[batch, vocab]`, and their
+        refinement steps `[batch]`. The same as `Objective.predict` gives at the last
+        position of a sequence named `index`.
+      append: `(params, cache, tokens) -> cache`, one token `[batch]` more. A sequence
+        that outgrows the capacity is lost; no other is.
+    """
+
+    prepare: Callable[[PyTree], PyTree]
+    prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
+    predict: Callable[[PyTree, PyTree, jax.Array, jax.Array, Thinking], Thought]
+    append: Callable[[PyTree, PyTree, jax.Array], PyTree]
+
+
+class EnergyModel(NamedTuple):
+    """An energy network and the space it predicts in.
+
+    Attributes:
+      init: `(key) -> params`.
+      encode_context: `(params, batch) -> context`, all that no candidate can change.
+      energy: see `refine.EnergyFn`.
+      initial_candidate: `(key, batch) -> candidate` of standard normals; `key` may be
+        an array of keys, one for each prediction.
+      normalize: stored candidate -> energy space.
+      loss: `(candidate, batch, smoothing) -> [*batch]`, of a stored candidate.
+      target: `(batch) -> candidate`, the right answer in energy space.
+      caching: continues sequences; None where predictions are not one after another.
+      categorical: a faster way to train; None where candidates are not distributions.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    encode_context: Callable[[PyTree, Batch], PyTree]
+    energy: EnergyFn
+    initial_candidate: Callable[[jax.Array, Batch], PyTree]
+    normalize: Callable[[PyTree], PyTree]
+    loss: Callable[..., jax.Array]
+    target: Callable[[Batch], PyTree]
+    caching: Caching | None = None
+    categorical: Categorical | None = None
+
+
+class FeedForward(NamedTuple):
+    """A model that predicts in one pass.
+
+    Attributes:
+      init: `(key) -> params`.
+      predict: `(params, batch) -> candidate`; for text logits `[batch, seq, vocab]`.
+      loss: `(candidate, batch, smoothing) -> [*batch]`.
+      caching: continues sequences; None where predictions are not one after another.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    predict: Callable[[PyTree, Batch], PyTree]
+    loss: Callable[..., jax.Array]
+    caching: Caching | None = None
+
+
+class Caching(NamedTuple):
+    """Sequences that are encoded once and grow by a token at a time.
+
+    Attributes:
+      prepare: as in `Decoder`.
+      prefill: as in `Decoder`.
+      append: as in `Decoder`.
+      following: `(params, cache) ->` what follows each sequence, `[batch, 1, ...]`: of
+        an energy model the context of a candidate for it, of a feed-forward model its
+        prediction.
+      length: `(cache) -> [batch]`, tokens of each sequence.
+    """
+
+    prepare: Callable[[PyTree], PyTree]
+    prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
+    append: Callable[[PyTree, PyTree, jax.Array], PyTree]
+    following: Callable[[PyTree, PyTree], PyTree]
+    length: Callable[[PyTree], jax.Array]
+
+
+class Categorical(NamedTuple):
+    """An energy network whose candidates are distributions over a vocabulary.
+
+    Attributes:
+      tables: names of the parameters that have a row for each entry of the vocabulary;
+        no other function than `table` and `token_table` uses them.
+      table: `(params) -> [vocab, dim]`, W.
+      token_table: `(params) -> [vocab, dim]`, whose rows contexts are encoded from.
+      prepare: `(params) -> params`, another arrangement of those that are not tables,
+        for `encode` and `energy`.
+      dtype: of products and activations; None for that of the parameters.
+      encode: `(params, embedded, batch, landscape) -> past`, float arrays, what
+        candidates see in one landscape.
+      energy: `(params, past, batch, index, x, landscape) -> [batch, seq]`, energies by
+        embedded candidates x `[batch, seq, dim]`, that stand at `index` `[seq]` of
+        their sequences.
+      num_contexts: 1 where the past is the same in all landscapes, else their number.
+    """
+
+    tables: tuple[str, ...]
+    table: Callable[[PyTree], jax.Array]
+    token_table: Callable[[PyTree], jax.Array]
+    prepare: Callable[[PyTree], PyTree]
+    dtype: Any
+    encode: Callable[..., PyTree]
+    energy: Callable[..., jax.Array]
+    num_contexts: int
+
+
+class Draws(NamedTuple):
+    """What training draws, given instead of drawn where it is not None.
+
+    Attributes:
+      candidate: the initial candidate.
+      noise: standard normals `[num_steps, *batch, ...]`.
+      jitter: standard uniforms `[*batch]`.
+      schedule: number of steps and landscapes.
+    """
+
+    candidate: PyTree | None = None
+    noise: PyTree | None = None
+    jitter: jax.Array | None = None
+    schedule: Schedule | None = None

@@ -1,0 +1,65 @@
+"""What an objective is told: how to refine and from where, what to learn and score."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ebt_jax.refine_config import RefineConfig
+
+MIN_STEP_SIZE = 1e-4  # learnt step sizes are kept at or above this (published code)
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineSetup(RefineConfig):
+    """A refinement together with what it starts from and what of it is learnt."""
+
+    step_size: float = 5.0  # initial step size (alpha)
+    step_size_learnable: bool = True  # False: stays as it is
+    noise_learnable: bool = False  # True: noise_std is the initial value of a parameter
+    initial_candidate: str = "noise"  # noise | zeros
+    initial_scale: float = 1.0  # standard deviation of the initial noise
+    block: int = 0  # predictions trained on at a time; 0: 512 on a CPU, else all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.step_size >= MIN_STEP_SIZE:
+            raise ValueError(
+                f"step_size is {self.step_size}, but has to be at least {MIN_STEP_SIZE}"
+            )
+        if self.initial_candidate not in ("noise", "zeros"):
+            raise ValueError(
+                f"initial_candidate is {self.initial_candidate!r}, but has to be one "
+                "of noise, zeros"
+            )
+        if not self.initial_scale >= 0:
+            raise ValueError(
+                f"initial_scale is {self.initial_scale}, but cannot be negative"
+            )
+        if self.block < 0:
+            raise ValueError(
+                f"block is {self.block}, but has to be positive, or 0 for the default"
+            )
+        if self.noise_learnable and not self.noise_std:
+            raise ValueError(
+                "noise_learnable is True, but noise_std is 0; give its initial value"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What of a refinement is scored, and how."""
+
+    loss_steps: str = "all"  # all: mean over steps | last
+    reconstruction_weight: float = 1.0  # weight of the refined candidate's loss
+    label_smoothing: float = 0.0  # at the first step; falls to 0 at the last
+    contrastive_weight: float = 0.0  # weight of E(target) against E(candidate)
+
+    def __post_init__(self) -> None:
+        if self.loss_steps not in ("all", "last"):
+            raise ValueError(
+                f"loss_steps is {self.loss_steps!r}, but has to be one of all, last"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, but has to be in [0, 1)"
+            )
