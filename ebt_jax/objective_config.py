@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
 from ebt_jax.refine_config import RefineConfig
 
 MIN_STEP_SIZE = 1e-4  # learnt step sizes are kept at or above this (published code)
@@ -63,3 +66,11 @@ class ObjectiveConfig:
             raise ValueError(
                 f"label_smoothing is {self.label_smoothing}, but has to be in [0, 1)"
             )
+
+
+def falling(start: float, index: ArrayLike, length: ArrayLike) -> ArrayLike:
+    """Label smoothing: start (N-1-i) / (N-1) at step i of N, and 0 where N is 1."""
+    if not start:
+        return 0.0
+    span = jnp.maximum(jnp.asarray(length) - 1, 1)
+    return start * jnp.maximum(length - 1 - jnp.asarray(index), 0) / span

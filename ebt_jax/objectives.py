@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ebt_jax.categorical import Plan, covers, falling, loss_and_gradient
+from ebt_jax.categorical import covers, loss_and_gradient
+from ebt_jax.categorical_block import Plan
 from ebt_jax.interfaces import (
     Batch,
     Caching,
@@ -27,7 +28,12 @@ from ebt_jax.interfaces import (
     Objective,
 )
 from ebt_jax.meta_gradient import with_gradient
-from ebt_jax.objective_config import MIN_STEP_SIZE, ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import (
+    MIN_STEP_SIZE,
+    ObjectiveConfig,
+    RefineSetup,
+    falling,
+)
 from ebt_jax.randomness import fold_in, prediction_keys, typed, uniform
 from ebt_jax.refine import (
     PyTree,
