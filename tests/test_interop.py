@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from ebt_jax import interop
 from ebt_jax.errors import UserError
+from ebt_jax.published_flags import OFF
 from ebt_jax.training.objective import build_objective
 
 TINY = {"dim": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 11}
@@ -269,7 +270,7 @@ def test_flags_of_the_optimiser_are_translated():
 def test_a_flag_that_is_not_built_is_refused_unless_off(flag, value, off):
     with refuses(f"published flag {flag}={value!r} is not supported; only {off} is"):
         config_of(**{flag: value})
-    assert config_of(**{flag: interop.OFF[flag]}) == config_of()
+    assert config_of(**{flag: OFF[flag]}) == config_of()
 
 
 @pytest.mark.parametrize(
