@@ -2,8 +2,8 @@
 
 Every verb is a function of this package with its arguments as flags; `verbs` has a file
 for each. A mistake of the user's is one line `error: ...` on stderr and exit code 2, a
-run that diverged is exit code 3, Ctrl-C is 130; anything else is a bug and shows its
-traceback.
+run that diverged is exit code 3, one that stopped and can be continued 75, Ctrl-C 130;
+anything else is a bug and shows its traceback.
 
 Verbs import what they need when they run: JAX and its libraries take seconds, and
 `ebt --help` or a mistyped flag should not wait for them.
@@ -17,8 +17,22 @@ import sys
 from absl import flags
 
 from ebt_jax.command import overview, parse, suggest, usage
-from ebt_jax.errors import TrainingDiverged, UserError
-from ebt_jax.verbs import bench, evaluate, generate, inspect, prepare, train
+from ebt_jax.errors import (
+    Stopped,
+    TrainingDiverged,
+    UserError,
+    exit_code,
+    one_line,
+)
+from ebt_jax.verbs import (
+    bench,
+    checkpoints,
+    evaluate,
+    generate,
+    inspect,
+    prepare,
+    train,
+)
 
 VERBS = {
     "train": train.VERB,
@@ -27,6 +41,7 @@ VERBS = {
     "inspect": inspect.VERB,
     "bench": bench.VERB,
     "prepare": prepare.VERB,
+    "checkpoints": checkpoints.VERB,
 }
 
 
@@ -58,11 +73,11 @@ def run(argv: list[str]) -> int:
         if {"-h", "--help"} & set(argv[1:]):
             print(usage(argv[0], verb))
             return 0
-        verb.call(parse(verb, argv))
-    except (UserError, flags.Error) as error:
-        return _fail(error, 2)
-    except TrainingDiverged as error:
-        return _fail(error, 3)
+        return verb.call(parse(verb, argv)) or 0
+    except flags.Error as error:
+        return _fail(UserError(str(error)))
+    except (UserError, TrainingDiverged, Stopped) as error:
+        return _fail(error)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -84,6 +99,6 @@ def _with_large_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _fail(error: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+def _fail(error: Exception) -> int:
+    print(one_line(error), file=sys.stderr)
+    return exit_code(error)
