@@ -11,7 +11,7 @@
 #   --topology=AxBxC    of a slice, in chips; 4x4x8 is a v5p-256
 #   --accelerator=TYPE  label of the node pool (default tpu-v5p-slice)
 #   --chips=N           of a host (default 4)
-#   --slices=N          slices (default 1); give --config.mesh.dcn_data=N as well
+#   --slices=N          slices (default 1); give --config.mesh.slices=N as well
 #   --retries=N         restarts of all pods (default 100)
 #   --dry_run           prints the manifest and applies nothing
 #
