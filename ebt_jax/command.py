@@ -47,7 +47,7 @@ class Verb(NamedTuple):
       summary: what it does, one line.
       details: what else there is to know, lines of at most 80 characters.
       example: a command line.
-      call: does it.
+      call: does it; returns the exit code, None for 0.
       flags: its flags, but for --config.
       config: whether --config is `required`, `optional` or `none`.
       words: what may stand behind the verb, one of them, as flag `word`; none if empty.
@@ -56,7 +56,7 @@ class Verb(NamedTuple):
     summary: str
     details: str
     example: str
-    call: Callable[[flags.FlagValues], None]
+    call: Callable[[flags.FlagValues], int | None]
     flags: tuple[Flag, ...] = ()
     config: str = "none"
     words: tuple[str, ...] = ()

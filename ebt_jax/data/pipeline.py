@@ -12,14 +12,17 @@ positions int32 [b, s]      first_fit only: position in that document
 bytes     float32 [b, s]    evaluation only: UTF-8 bytes of each target that counts
 ========= ================= =======================================================
 
-with b = batch_size / process_count: batch i of all processes together is batch i of a
-single process, its sequences in another order.
+Training batches come from one order of examples, endless or one epoch long: row r of
+batch k is example start + k * batch_size + r. A process loads the rows that it is told
+to, so the place of a run in its data is one number, whatever the number of processes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import grain
 import numpy as np
@@ -35,18 +38,110 @@ Batch = dict[str, np.ndarray]
 _SILENT = ("weights", "segments", "bytes")  # 0 where a prediction does not count
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of one process, from an example on, as Grain wants a source of data.
+
+    Attributes:
+      examples: all of them, in order.
+      start: the first one of the first batch.
+      batch_size: sequences per batch, over all processes.
+      rows: which rows of each batch.
+    """
+
+    examples: grain.MapDataset
+    start: int
+    batch_size: int
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        batches = max(len(self.examples) - self.start, 0) // self.batch_size
+        return min(batches * len(self.rows), sys.maxsize)
+
+    def __getitem__(self, index: int) -> Batch:
+        batch, row = divmod(index, len(self.rows))
+        example = self.start + batch * self.batch_size + self.rows[row]
+        return cast(Batch, self.examples[example])
+
+
+class TrainBatches(Iterator[Batch]):
+    """Batches of the training split, from any example on.
+
+    Attributes:
+      batch_size: sequences per batch, over all processes.
+      next_example: the first example of the next batch, in the order of all processes.
+        It is all there is to save: `seek` goes on there, also in other processes.
+    """
+
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        *,
+        batch_size: int,
+        rows: Sequence[int],
+        num_workers: int,
+    ) -> None:
+        """Stands before the first example.
+
+        Args:
+          examples: all of them, in order.
+          batch_size: sequences per batch, over all processes.
+          rows: which rows of each batch are loaded.
+          num_workers: processes that prepare batches ahead; 0: in this one.
+        """
+        self.batch_size = batch_size
+        self.next_example = 0
+        self._examples, self._rows, self._num_workers = examples, rows, num_workers
+        self._batches: grain.DatasetIterator[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._open()
+        batch = next(self._batches)
+        self.next_example += self.batch_size
+        return batch
+
+    def seek(self, example: int) -> None:
+        """Goes on at an example, counted from 0 in the order of all processes."""
+        self.close()
+        self.next_example = example
+
+    def close(self) -> None:
+        """Ends the processes that prepare batches."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _open(self) -> grain.DatasetIterator[Batch]:
+        source = Rows(self._examples, self.next_example, self.batch_size, self._rows)
+        # Tokens are in memory or in the page cache: reader threads would only compete.
+        reading = grain.ReadOptions(num_threads=0)
+        dataset = grain.MapDataset.source(source)
+        dataset = dataset.batch(len(self._rows), drop_remainder=True)
+        batches = dataset.to_iter_dataset(reading)
+        if self._num_workers:
+            # Grain reads an absl flag here (google/grain#1355), also where a program
+            # has no flags to parse.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            workers = grain.MultiprocessingOptions(num_workers=self._num_workers)
+            batches = batches.mp_prefetch(workers)
+        return iter(batches)
+
+
 def train_batches(
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
-    """Batches of the training split; the iterator's state can be saved and restored.
+    start: int = 0,
+    rows: Sequence[int] | None = None,
+    progress: bool = True,
+) -> TrainBatches:
+    """Batches of the training split, in an order that only config and seed determine.
 
-    Close the iterator (`.close()`) when done, above all with `num_workers`.
+    Close them (`.close()`) when done, above all with `num_workers`.
 
     Args:
       config: what to read. With `repeat` there is no end; without, the sequences that
@@ -54,15 +149,16 @@ def train_batches(
       tokenizer: makes tokens of text; token shards have to have been made by it.
       batch_size: sequences per batch, over all processes.
       seed: of the order of sequences, which is another in every epoch.
-      process_index: which of the processes this is.
-      process_count: how many share each batch.
+      start: the first example.
+      rows: which rows of each batch this process loads, such as `range(0, 8)`; None for
+        all. Row r of batch k is example `start + k * batch_size + r`.
+      progress: whether to say how far tokenizing is.
 
     Raises:
       UserError: for whatever cannot be read, for text shorter than one sequence, and if
         without `repeat` there are fewer sequences than a batch has.
     """
-    local_size = _local_size(batch_size, process_count)
-    sequences = _sequences(config, tokenizer, "train", process_index == 0, None)
+    sequences = _sequences(config, tokenizer, "train", progress, None)
     total = int(sequences.tokens.ends[-1])
     if config.packing == "concat" and total <= config.context:
         raise UserError(
@@ -70,31 +166,24 @@ def train_batches(
             f"{config.context + 1} tokens, but the training text has only {total}; "
             "lower data.context or give more text"
         )
-    dataset = grain.MapDataset.source(sequences)
+    if not config.repeat and len(sequences) < batch_size:
+        raise UserError(
+            f"train.batch_size is {batch_size}, but data.path has no more than "
+            f"{len(sequences)} sequences and data.repeat is off; lower it or repeat"
+        )
+    examples = grain.MapDataset.source(sequences)
     if config.shuffle:
-        dataset = dataset.shuffle(seed=seed % 2**32)
+        examples = examples.shuffle(seed=seed % 2**32)
     if config.repeat:
-        dataset = dataset.repeat()
-    else:
-        usable = len(sequences) // batch_size * batch_size
-        if not usable:
-            raise UserError(
-                f"train.batch_size is {batch_size}, but data.path has no more than "
-                f"{len(sequences)} sequences and data.repeat is off; lower it or repeat"
-            )
-        dataset = dataset.slice(slice(0, usable))
-    dataset = dataset.slice(slice(process_index, None, process_count))
-    # Tokens are in memory or in the page cache: reader threads would only compete.
-    reading = grain.ReadOptions(num_threads=0)
-    batches = dataset.batch(local_size, drop_remainder=True).to_iter_dataset(reading)
-    if config.num_workers:
-        # Grain reads an absl flag here (google/grain#1355), also where a program has
-        # no flags to parse.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        workers = grain.MultiprocessingOptions(num_workers=config.num_workers)
-        batches = batches.mp_prefetch(workers)
-    return iter(batches)
+        examples = examples.repeat()
+    batches = TrainBatches(
+        examples,
+        batch_size=batch_size,
+        rows=range(batch_size) if rows is None else rows,
+        num_workers=config.num_workers,
+    )
+    batches.seek(start)
+    return batches
 
 
 @dataclasses.dataclass(frozen=True)

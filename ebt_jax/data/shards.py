@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from typing import Any
 
 import grain
@@ -21,12 +22,13 @@ import numpy as np
 from ebt_jax.data import corpus
 from ebt_jax.data.config import DataConfig
 from ebt_jax.data.tokenizers import Tokenizer
-from ebt_jax.errors import UserError
+from ebt_jax.errors import StorageError, UserError
 
 INDEX = "index.json"
 RECORDS = "records.npy"
 FORMAT = "ebt-jax token shards"
 VERSION = 1
+READ_WAITS = (0.5, 2.0, 8.0)  # seconds before a shard is read again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,58 @@ class Index:
 
 
 @dataclasses.dataclass(frozen=True)
+class Records:
+    """The records of several files, numbered through.
+
+    Attributes:
+      paths: of the files.
+      sources: their records.
+      ends: number of the first record after each file, int64 `[files]`.
+    """
+
+    paths: list[str]
+    sources: list[Any]
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, index: int) -> bytes:
+        """A record; a file that cannot be read is opened again, a few times.
+
+        Raises:
+          StorageError: if it still cannot be read.
+          UserError: if it can, but not that record.
+        """
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        place = index - (int(self.ends[file - 1]) if file else 0)
+        problem = ""
+        for wait in (0.0, *READ_WAITS):
+            try:
+                if wait:
+                    time.sleep(wait)
+                    # A reader that has failed does not recover.
+                    reopened = grain.sources.ArrayRecordDataSource(self.paths[file])
+                    self.sources[file] = reopened
+                return self.sources[file][place]
+            except (OSError, RuntimeError) as error:  # the reader raises the second
+                problem = " ".join(str(error).split())
+        path = self.paths[file]
+        try:
+            with open(path, "rb") as opened:
+                opened.read(1)
+        except OSError as error:
+            raise StorageError(
+                f"the shard {path} cannot be read, tried {len(READ_WAITS) + 1} times: "
+                f"{error.strerror}; give the same command again when it can"
+            ) from error
+        raise UserError(
+            f"data.path: the shard {path} is damaged ({problem}); copy it or prepare "
+            "the corpus again"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ShardTokens:
     """Tokens on disk; see `corpus.Tokens`.
 
@@ -60,7 +114,7 @@ class ShardTokens:
       separated: see `corpus.Tokens`.
     """
 
-    source: Any
+    source: Records
     records: np.ndarray
     record_ends: np.ndarray
     dtype: str
@@ -161,7 +215,7 @@ def _read_records(directory: str, index: Index) -> np.ndarray:
     return table
 
 
-def _open_shards(directory: str, index: Index, records: int) -> Any:
+def _open_shards(directory: str, index: Index, records: int) -> Records:
     paths = [os.path.join(directory, name) for name in index.shards]
     for path in paths:
         if not os.path.isfile(path):
@@ -169,17 +223,21 @@ def _open_shards(directory: str, index: Index, records: int) -> Any:
                 f"data.path: the shard {path} is missing; copy it or prepare the "
                 "corpus again"
             )
-    try:
-        source: Any = grain.sources.ArrayRecordDataSource(paths)
-        found = len(source)
-    except Exception as error:  # the reader raises plain RuntimeError and others
-        raise UserError(
-            f"data.path: a shard in {directory} is damaged ({error}); copy it or "
-            "prepare the corpus again"
-        ) from error
+    sources = []
+    for path in paths:
+        try:
+            source: Any = grain.sources.ArrayRecordDataSource(path)
+            sources.append((source, len(source)))
+        except Exception as error:  # the reader raises plain RuntimeError and others
+            raise UserError(
+                f"data.path: the shard {path} is damaged ({error}); copy it or prepare "
+                "the corpus again"
+            ) from error
+    ends = np.cumsum([count for _, count in sources], dtype=np.int64)
+    found = int(ends[-1]) if len(ends) else 0
     if found != records:
         raise UserError(
             f"data.path: the shards in {directory} hold {found} records, but {RECORDS} "
             f"names {records}; prepare the corpus again"
         )
-    return source
+    return Records(paths, [source for source, _ in sources], ends)

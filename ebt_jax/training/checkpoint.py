@@ -1,194 +1,212 @@
-"""What a run leaves behind, and how it is found again.
+"""Checkpoints of a run: saved in the background, verified before they are used.
 
-A workdir holds `config.json`, the resolved config of the run, and `checkpoints/STEP/`
-with the state, the place in the data and the config after STEP updates. Orbax writes a
-checkpoint under a temporary name and renames it when it is complete, so that a run
-killed while saving finds the one before.
+`WORKDIR/checkpoints/STEP/` holds the state after STEP updates, the place in the data,
+the config and, written last, the manifest: sizes and SHA-256 sums of all files. Orbax
+writes a checkpoint under a temporary name and renames it, then the manifest is made; a
+run killed before that finds the checkpoint before. A checkpoint that is not what its
+manifest says is never used, and moved to `WORKDIR/damaged/`, never deleted.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ebt_jax.errors import UserError
 from ebt_jax.refine import PyTree
-from ebt_jax.training.config import (
-    CheckpointConfig,
-    Config,
-    differences,
-    from_json,
-    to_json,
-)
+from ebt_jax.training import manifest
+from ebt_jax.training.config import Config
+from ebt_jax.training.monitor import say
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.step import TrainState
+from ebt_jax.training.workdir import checkpoint_steps, open_workdir
 
-# What a run may be continued with. With another number of steps only while the
-# learning rates stay what they were, that is, with the same optim.schedule_steps.
-CHANGEABLE_SECTIONS = ("eval", "mesh", "checkpoint", "log")
-CHANGEABLE_KEYS = ("train.steps",)
+Shapes = dict[str, tuple[int, ...]]  # name -> shape
+
+_TEXT = 2000  # bytes that a process tells the others
 
 
-def check_workdir(workdir: str | os.PathLike[str]) -> Path:
-    """The absolute path of a workdir that can be written. Creates nothing.
+class Restored(NamedTuple):
+    """What a run continues with.
 
-    Raises:
-      UserError: if it cannot.
+    Attributes:
+      state: parameters, optimiser, updates made.
+      next_example: its place in the data, see `pipeline.TrainBatches`.
     """
-    if not os.fspath(workdir):
-        raise UserError("workdir is empty; name a directory for what the run writes")
-    path = Path(workdir).expanduser().absolute()
-    existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
-    if not existing.is_dir():
-        raise UserError(
-            f"workdir {path} cannot be made: {existing} is not a directory; name "
-            "another"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"workdir {path} cannot be written: no permission in {existing}; change "
-            "that, or name another"
-        )
-    return path
+
+    state: TrainState
+    next_example: int
 
 
-def check_config(path: Path, config: Config) -> None:
-    """Checks that a workdir is new or holds a run of the same config.
+def directory_of(path: Path, step: int) -> Path:
+    """The directory of a checkpoint of a workdir."""
+    return path / "checkpoints" / str(step)
 
-    Sections `eval`, `mesh`, `checkpoint` and `log` may differ, and `train.steps` while
-    `optim.schedule_steps` stays the same.
+
+def recover(path: Path) -> int | None:
+    """Finds the newest checkpoint that is good and moves damaged newer ones aside.
+
+    Each damage is told. Of several processes each reads a share of the files, the first
+    moves, and all learn the same.
 
     Args:
-      path: of `check_workdir`.
-      config: a resolved config.
+      path: the workdir.
+
+    Returns:
+      The step; None if there is no checkpoint, or only one that was never finished.
 
     Raises:
-      UserError: naming what differs, with both values.
+      UserError: if there are checkpoints and none is good; all are left where they are.
     """
-    if not (path / "config.json").exists():
-        if latest_step(path) is not None:
-            raise UserError(
-                f"{path} holds checkpoints but no config.json, so nobody knows of "
-                "what; name another workdir"
-            )
-        return
-    conflicts = [
-        f"{key} is {there!r} there and {here!r} here"
-        for key, (there, here) in differences(read_config(path), config).items()
-        if key not in CHANGEABLE_KEYS and key.split(".")[0] not in CHANGEABLE_SECTIONS
-    ]
-    if conflicts:
-        longer = any(
-            conflict.startswith("optim.schedule_steps") for conflict in conflicts
+    step, damaged = _newest_good(path, _verify_together)
+    unfinished = list(damaged.values()) == [[manifest.UNFINISHED]]
+    if step is None and damaged and not unfinished:
+        raise UserError(_none_good(path, damaged))
+    for bad, problems in damaged.items():
+        place = _aside(path, bad)
+        say(
+            f"warning: checkpoint {bad} is not used: {_in_short(problems)}; moved to "
+            f"{place}"
         )
-        hint = " (a run goes on for longer with its own optim.schedule_steps)"
+        if jax.process_index() == 0:
+            place.parent.mkdir(exist_ok=True)
+            directory_of(path, bad).rename(place)
+    if damaged and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints are moved")
+    return step
+
+
+def latest_step(path: Path, step: int | None = None) -> int | None:
+    """The step of the newest checkpoint that is good. Changes nothing.
+
+    Args:
+      path: the workdir.
+      step: None, or the only one that is looked at.
+
+    Returns:
+      The step; None if there is no checkpoint. Damaged newer ones are told.
+
+    Raises:
+      UserError: if there are checkpoints and none is good, or there is no such one.
+    """
+    if step is not None:
+        check_step(path, step)
+    found, damaged = _newest_good(path, manifest.verify, step)
+    if found is None and damaged:
+        raise UserError(_none_good(path, damaged))
+    for bad, problems in damaged.items():
+        say(f"warning: checkpoint {bad} is not used: {_in_short(problems)}")
+    return found
+
+
+def check_step(path: Path, step: int) -> None:
+    """Checks that a workdir has a checkpoint of a step.
+
+    Raises:
+      UserError: naming those that it has.
+    """
+    known = checkpoint_steps(path)
+    if step not in known:
         raise UserError(
-            f"{path} holds a run of another config: {', '.join(conflicts)}; use the "
-            f"same values{hint if longer else ''}, or name another workdir"
+            f"{path} has no checkpoint of step {step}; it has those of "
+            f"{', '.join(map(str, known)) or 'none'}"
         )
 
 
-def claim_workdir(path: Path, config: Config) -> None:
-    """Creates a workdir and writes `config.json`, if it is not what is there already.
-
-    Raises:
-      UserError: if that fails.
-    """
-    file = path / "config.json"
-    text = to_json(config)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not file.exists() or file.read_text() != text:
-            replace_text(file, text)
-    except OSError as error:
-        raise UserError(
-            f"workdir {path} cannot be written: {error.strerror}; name another"
-        ) from error
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Writes a file in one go: at any moment there is the old one or the new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, file)
-
-
-def read_config(path: Path) -> Config:
-    """The config of a run.
-
-    Raises:
-      UserError: if there is none, or it is not one of this version.
-    """
-    file = path / "config.json"
-    if not file.exists():
-        raise UserError(
-            f"{path} holds no run: there is no config.json; name the workdir that "
-            "`ebt train` was given"
-        )
-    try:
-        return from_json(file.read_text())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a config of this version: {error}") from error
-
-
-def open_workdir(workdir: str | os.PathLike[str]) -> tuple[Path, Config]:
-    """The absolute path and the config of a run that has been started.
-
-    Raises:
-      UserError: if it has not.
-    """
-    path = Path(workdir).expanduser().absolute()
-    return path, read_config(path)
-
-
-def latest_step(workdir: str | os.PathLike[str]) -> int | None:
-    """The step of the newest complete checkpoint, None if there is none."""
-    directory = Path(workdir).expanduser().absolute() / "checkpoints"
-    steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
-    return max(steps, default=None)
+def pick_step(path: Path, step: int | None = None) -> int:
+    """`latest_step`, where there has to be one."""
+    found = latest_step(path, step)
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint yet; train until one is saved")
+    return found
 
 
 def restore_params(workdir: str | os.PathLike[str], step: int | None = None) -> PyTree:
-    """The parameters of a checkpoint, on the first device.
+    """The parameters of a checkpoint, verified, on the first device.
 
     Args:
       workdir: of the run; its `config.json` says what the parameters have to look like.
-      step: which checkpoint; None for the newest.
+      step: which checkpoint; None for the newest that is good.
 
     Raises:
-      UserError: if there is no such checkpoint, or it does not fit the config.
+      UserError: if there is no such checkpoint, it is damaged, or does not fit.
     """
     path, config = open_workdir(workdir)
-    newest = latest_step(path)
-    if newest is None:
-        raise UserError(f"{path} holds no checkpoint yet; train until one is saved")
-    known = sorted(ocp.utils.checkpoint_steps(path / "checkpoints"))
-    if step is not None and step not in known:
-        raise UserError(
-            f"{path} has no checkpoint of step {step}; it has those of "
-            f"{', '.join(map(str, known))}"
-        )
-    step = newest if step is None else step
+    return load_params(path, pick_step(path, step), config)
+
+
+def load_params(path: Path, step: int, config: Config) -> PyTree:
+    """The parameters of a checkpoint that is known to be good, on the first device.
+
+    Args:
+      path: the workdir.
+      step: of `latest_step`.
+      config: says what the parameters have to look like.
+
+    Raises:
+      UserError: if the checkpoint does not fit.
+    """
     shapes = jax.eval_shape(build_objective(config).init, jax.random.key(0))
     check_fit(path, step, shapes)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {"params": with_sharding(shapes, device)}
+    return read_params(path, step, with_sharding(shapes, device))
+
+
+def read_params(path: Path, step: int, target: PyTree) -> PyTree:
+    """Parameters of a checkpoint, or some of them.
+
+    Args:
+      path: the workdir.
+      step: which checkpoint.
+      target: shapes and shardings, of those wanted; what else there is is not read.
+    """
+    wanted = {"params": target}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(
-            path / "checkpoints" / str(step) / "state",
+            directory_of(path, step) / "state",
             args=ocp.args.PyTreeRestore(
-                target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
                 partial_restore=True,
             ),
         )
     return restored["params"]
+
+
+def restore(path: Path, step: int, target: TrainState) -> Restored:
+    """The state of a checkpoint that is known to be good, on any mesh.
+
+    Args:
+      path: the workdir.
+      step: of `recover` or `latest_step`.
+      target: shapes and shardings of the state, see `sharding.state_target`.
+
+    Raises:
+      UserError: if the checkpoint does not fit.
+    """
+    check_fit(path, step, target.params)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        restored = reader.restore(
+            directory_of(path, step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
+            ),
+        )
+    return Restored(restored["state"], restored["data"]["next_example"])
+
+
+def saved_shapes(path: Path, step: int) -> Shapes:
+    """Names, such as `blocks/qkv/kernel`, and shapes of a checkpoint's parameters."""
+    state = epath.Path(directory_of(path, step) / "state")
+    return shapes_of(ocp.PyTreeCheckpointHandler().metadata(state).tree["params"])
 
 
 def check_fit(path: Path, step: int, params: PyTree) -> None:
@@ -202,9 +220,8 @@ def check_fit(path: Path, step: int, params: PyTree) -> None:
     Raises:
       UserError: naming the first parameter that differs.
     """
-    state = epath.Path(path / "checkpoints" / str(step) / "state")
-    found = _shapes(ocp.PyTreeCheckpointHandler().metadata(state).tree["params"])
-    wanted = _shapes(params)
+    found = saved_shapes(path, step)
+    wanted = shapes_of(params)
     for name in sorted(found.keys() | wanted.keys()):
         if name not in found:
             what = f"lacks the parameter {name}"
@@ -220,71 +237,96 @@ def check_fit(path: Path, step: int, params: PyTree) -> None:
         )
 
 
-def open_manager(path: Path, config: CheckpointConfig) -> ocp.CheckpointManager:
-    """The checkpoints of a run; a context manager, whose end finishes the last save."""
-    latest = ocp.checkpoint_managers.LatestN(config.keep_latest)
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=latest, cleanup_tmp_directories=True
-    )
-    return ocp.CheckpointManager(path / "checkpoints", options=options)
-
-
-def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    state: TrainState,
-    batches: grain.DatasetIterator,
-    config: Config,
-) -> None:
-    """Starts to save a checkpoint; it is complete when the manager says so."""
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=grain.checkpoint.CheckpointSave(batches),
-            config=ocp.args.JsonSave(dataclasses.asdict(config)),
-        ),
-    )
-
-
-def restore(
-    manager: ocp.CheckpointManager,
-    step: int,
-    target: TrainState,
-    batches: grain.DatasetIterator,
-) -> TrainState:
-    """The state of a checkpoint; `batches` is moved to where it was.
-
-    Args:
-      manager: of `open_manager`.
-      step: which checkpoint.
-      target: shapes and shardings of the state, see `with_sharding`.
-      batches: an iterator over the same data.
-
-    Raises:
-      UserError: if the checkpoint does not fit.
-    """
-    check_fit(Path(manager.directory).parent, step, target.params)
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(target),
-            data=grain.checkpoint.CheckpointRestore(batches),
-        ),
-    )
-    return restored["state"]
-
-
 def with_sharding(shapes: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
-    """Shapes of arrays that are to be put somewhere."""
+    """Shapes of arrays that are all to be put somewhere."""
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
     )
 
 
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+def named(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a nested dict by names such as `blocks/qkv/kernel`, in order."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def nested(leaves: dict[str, Any]) -> PyTree:
+    """The inverse of `named`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = leaf
+    return tree
+
+
+def shapes_of(tree: PyTree) -> Shapes:
+    """Names and shapes of parameters."""
+    return {name: tuple(leaf.shape) for name, leaf in named(tree).items()}
+
+
+def agree(text: str | None) -> str | None:
+    """What any of the processes has to say; all have to call this.
+
+    Args:
+      text: lines of this process, None if nothing. What several say is said once.
+    """
+    if jax.process_count() == 1:
+        return text
+    mine = np.zeros(_TEXT, np.uint8)
+    said = (text or "").encode()[:_TEXT]
+    mine[: len(said)] = np.frombuffer(said, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(mine))
+    texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+    lines = [line for text in texts for line in text.split("\n") if line]
+    return "\n".join(dict.fromkeys(lines)) or None
+
+
+def _newest_good(
+    path: Path, verify: Callable[[Path], list[str]], only: int | None = None
+) -> tuple[int | None, dict[int, list[str]]]:
+    """The newest good step, and what is wrong with the newer ones."""
+    damaged = {}
+    for step in reversed(checkpoint_steps(path)):
+        if only is not None and step != only:
+            continue
+        problems = verify(directory_of(path, step))
+        if not problems:
+            return step, damaged
+        damaged[step] = problems
+    return None, damaged
+
+
+def _verify_together(directory: Path) -> list[str]:
+    index, count = jax.process_index(), jax.process_count()
+    try:
+        problems = manifest.verify(directory, share=index, shares=count)
+    except OSError as error:
+        problems = [f"{error.filename} cannot be read: {error.strerror}"]
+    told = agree("\n".join(problems) or None)
+    return told.split("\n") if told else []
+
+
+def _aside(path: Path, step: int) -> Path:
+    """The first of WORKDIR/damaged/STEP-1, STEP-2, ... that is free."""
+    number = 1
+    while (path / "damaged" / f"{step}-{number}").exists():
+        number += 1
+    return path / "damaged" / f"{step}-{number}"
+
+
+def _in_short(problems: list[str]) -> str:
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return ", ".join(problems[:3]) + more
+
+
+def _none_good(path: Path, damaged: dict[int, list[str]]) -> str:
+    told = "; ".join(f"{step}: {_in_short(p)}" for step, p in damaged.items())
+    return (
+        f"no checkpoint in {path} is good ({told}); put back a copy of one, or name "
+        "another workdir to start over"
+    )

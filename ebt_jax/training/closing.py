@@ -15,10 +15,15 @@ from ebt_jax.evaluation import generation, metrics, plots
 from ebt_jax.interfaces import Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.thinking import Thinking
-from ebt_jax.training.checkpoint import replace_text
 from ebt_jax.training.config import Config
 from ebt_jax.training.monitor import finite, say
-from ebt_jax.training.sharding import NumpyBatch, batch_sharded, replicated
+from ebt_jax.training.sharding import (
+    NumpyBatch,
+    gathered,
+    global_batch,
+    on_first_device,
+)
+from ebt_jax.training.workdir import replace_text
 
 
 def evaluate(
@@ -39,12 +44,10 @@ def evaluate(
       mesh: batches are split over its devices where their size allows it.
       num_steps: refinement steps; 0 for `eval.num_steps`.
     """
-    divides = config.eval.batch_size % mesh.shape["data"] == 0
-    sharding = batch_sharded(mesh) if divides else replicated(mesh)
     numbers = metrics.evaluate(
         objective,
-        params,
-        (jax.device_put(batch, sharding) for batch in held_out),
+        gathered(params, mesh),
+        (global_batch(batch, mesh) for batch in held_out),
         seed=config.eval.seed,
         num_steps=num_steps or config.eval.num_steps,
     )
@@ -93,10 +96,11 @@ def close_run(
         if config.log.plots and first:
             plotted.append(plots.thinking_curve(path, curve))
     if config.eval.sample_tokens and objective.decoder is not None:
-        text = sample(config, objective, tokenizer, params, held_out)
+        params = on_first_device(params, mesh)
         if first:
+            text = sample(config, objective, tokenizer, params, held_out)
             (path / "sample.txt").write_text(text + "\n")
-        say(f"--- sample, begun by held-out text\n{text}\n---")
+            say(f"--- sample, begun by held-out text\n{text}\n---")
     if first:
         summary = {"step": step, **finite(results)}
         replace_text(path / "summary.json", json.dumps(summary, indent=2) + "\n")

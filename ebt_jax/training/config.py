@@ -85,10 +85,17 @@ class TrainConfig:
     batch_size: int = 16  # sequences per update, over all devices
     accumulation: int = 1  # parts a batch is split into, one after the other
     seed: int = 0  # of parameters, data order and every draw in training
+    init_from: str = ""  # parameters of WORKDIR[@STEP] | FILE.safetensors | FILE.npz
+    init_vocab: str = "extend"  # extend | fresh: what init_from does to the vocabulary
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
             _positive(self, "train", name)
+        if self.init_vocab not in ("extend", "fresh"):
+            raise UserError(
+                f"train.init_vocab is {self.init_vocab!r}, but has to be extend (keep "
+                "the common entries of the vocabulary) or fresh"
+            )
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"train.batch_size is {self.batch_size}, which train.accumulation "
@@ -126,13 +133,25 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged."""
+    """How devices are arranged; their number is the product of the four axes."""
 
-    data: int = -1  # devices the batch is split over; -1: all
+    data: int = -1  # devices the batch is split over; of one axis, -1: all others
+    fsdp: int = 1  # devices the batch, parameters and optimiser state are split over
+    seq: int = 1  # devices the places of a sequence are split over
+    model: int = 1  # devices vocabulary, heads and hidden features are split over
+    slices: int = 1  # slices with a slower network between them; a divisor of data
 
     def __post_init__(self) -> None:
-        if self.data != -1:
-            _positive(self, "mesh", "data")
+        axes = ("data", "fsdp", "seq", "model")
+        filled = [name for name in axes if getattr(self, name) == -1]
+        if len(filled) > 1:
+            raise UserError(
+                f"mesh.{filled[0]} and mesh.{filled[1]} are both -1, but only one axis "
+                "can take the devices that the others leave"
+            )
+        for name in (*axes, "slices"):
+            if name not in filled:
+                _positive(self, "mesh", name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +159,20 @@ class CheckpointConfig:
     """What is kept of a run."""
 
     every: int = 250  # steps between checkpoints; 0: at the end only
-    keep_latest: int = 2  # most recent checkpoints kept
+    keep_latest: int = 2  # most recent checkpoints kept, at least 2
+    keep_best: int = 0  # checkpoints of lowest eval/nll kept besides; 0: none
+    keep_every: int = 0  # checkpoints of multiples of so many steps kept; 0: none
+    save_retries: int = 4  # attempts more, after 1, 2, 4, ... seconds, if saving fails
 
     def __post_init__(self) -> None:
-        _not_negative(self, "checkpoint", "every")
-        _positive(self, "checkpoint", "keep_latest")
+        for name in ("every", "keep_best", "keep_every", "save_retries"):
+            _not_negative(self, "checkpoint", name)
+        if self.keep_latest < 2:
+            raise UserError(
+                f"checkpoint.keep_latest is {self.keep_latest}, but has to be at least "
+                "2: while one checkpoint is written or if it is damaged, there has to "
+                "be another"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +184,7 @@ class LogConfig:
     wandb_project: str = ""  # Weights & Biases project; empty: not used
     plots: bool = True  # learning and thinking curves as PNG at the end
     compilation_cache: bool = True  # keep compiled programs in the user's cache
+    example_ids: bool = False  # write the ids of each batch to examples-PROCESS.jsonl
 
     def __post_init__(self) -> None:
         _positive(self, "log", "every")

@@ -15,11 +15,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import grain
 import jax
 from absl import logging
 from jax.sharding import Mesh
-from orbax.checkpoint import CheckpointManager
 
 from ebt_jax.data import pipeline, tokenizers
 from ebt_jax.errors import TrainingDiverged, UserError
@@ -28,20 +26,25 @@ from ebt_jax.refine import PyTree
 from ebt_jax.training import checkpoint
 from ebt_jax.training.closing import close_run, evaluate, read_summary
 from ebt_jax.training.config import Config, resolve
+from ebt_jax.training.examples import example_log
+from ebt_jax.training.initial import begin, find_origin
 from ebt_jax.training.monitor import Monitor, check_logging, say
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import learning_rates, make_optimizer, parameter_groups
+from ebt_jax.training.saving import Saver
 from ebt_jax.training.sharding import (
     NumpyBatch,
     check_batch,
     global_batch,
+    local_rows,
     make_mesh,
-    replicated,
+    state_target,
 )
 from ebt_jax.training.step import init_state, make_step
+from ebt_jax.training.workdir import check_config, check_workdir, claim_workdir
 
 
-def train(config: Config, workdir: str) -> dict[str, float]:
+def train(config: Config, workdir: str, resume_from: str = "") -> dict[str, float]:
     """Trains what a config describes, or continues where an earlier call stopped.
 
     What a user can get wrong is checked before anything is written.
@@ -49,6 +52,7 @@ def train(config: Config, workdir: str) -> dict[str, float]:
     Args:
       config: of the run, resolved or not.
       workdir: where everything is written; a run of the same config is continued.
+      resume_from: `WORKDIR[@STEP]` of another run, whose state a new one begins with.
 
     Returns:
       The last step's `train/...` and `eval/...`, and the thinking curve's
@@ -58,21 +62,21 @@ def train(config: Config, workdir: str) -> dict[str, float]:
       UserError: for a mistake in the config, the data or the workdir.
       TrainingDiverged: when a number is not finite any more.
     """
-    path = checkpoint.check_workdir(workdir)
-    check_setup(config)
+    path = check_workdir(workdir)
+    mesh = check_setup(config)
     if config.log.compilation_cache:
         enable_compilation_cache()
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
-    checkpoint.check_config(path, config)
+    check_config(path, config)
     objective = build_objective(config)
     batches = pipeline.train_batches(
         config.data,
         tokenizer,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=local_rows(mesh, config.train.batch_size),
+        progress=jax.process_index() == 0,
     )
     held_out = pipeline.held_out_batches(
         config.data,
@@ -81,7 +85,7 @@ def train(config: Config, workdir: str) -> dict[str, float]:
         sequences=config.eval.sequences,
     )
     with contextlib.closing(batches):
-        return fit(config, path, objective, tokenizer, batches, held_out)
+        return fit(config, path, objective, tokenizer, batches, held_out, resume_from)
 
 
 def fit(
@@ -89,8 +93,9 @@ def fit(
     path: Path,
     objective: Objective,
     tokenizer: tokenizers.Tokenizer,
-    batches: grain.DatasetIterator,
+    batches: pipeline.TrainBatches,
     held_out: Iterable[NumpyBatch],
+    resume_from: str = "",
 ) -> dict[str, float]:
     """`train` for an objective and data of one's own.
 
@@ -102,6 +107,7 @@ def fit(
       tokenizer: decodes the text sample.
       batches: to train on, the sequences of this process. Its place is saved.
       held_out: batches to evaluate on; iterated over more than once.
+      resume_from: as for `train`.
 
     Returns:
       As `train`.
@@ -111,15 +117,16 @@ def fit(
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every save
     mesh = check_setup(config)
-    checkpoint.check_config(path, config)
-    checkpoint.claim_workdir(path, config)
-    start, steps = checkpoint.latest_step(path) or 0, config.train.steps
+    check_config(path, config)
+    start, steps = checkpoint.recover(path) or 0, config.train.steps
     summary = read_summary(path)
     if start >= steps and summary.pop("step", None) == start:
         say(f"nothing to do: {path} has made all of its {start} steps")
         return summary
 
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    origin = None if start else find_origin(config, resume_from, shapes)
+    claim_workdir(path, config)
     say(introduction(config, shapes, mesh))
     optimizer = make_optimizer(config.optim, config.refine, shapes)
     groups = jax.tree.leaves(parameter_groups(shapes, config.refine))
@@ -137,17 +144,24 @@ def fit(
         rates=rates,
         mesh=mesh,
     )
-    with checkpoint.open_manager(path, config.checkpoint) as manager:
+    target = state_target(jax.eval_shape(init), mesh)
+    with Saver(path, config.checkpoint) as saver:
+        own = (path, start) if start else None
+        state, next_example = begin(config, own, origin, init, target)
+        batches.seek(next_example)
         if start:
             say(f"continuing at step {start}")
-            target = checkpoint.with_sharding(jax.eval_shape(init), replicated(mesh))
-            state = checkpoint.restore(manager, start, target, batches)
-        else:
-            state = jax.jit(init, out_shardings=replicated(mesh))()
-        with Monitor(path, config, start=start) as monitor:
+        elif origin and origin.whole:
+            start = origin.step
+            say(f"continuing {origin.path} at step {start}")
+            saver.save(start, state, next_example, config, wait=True)
+        with (
+            Monitor(path, config, start=start) as monitor,
+            example_log(path, config.log.example_ids, start) as list_examples,
+        ):
 
             def fetch(step: int, numbers: Metrics) -> dict[str, float]:
-                row = check_finite(step, numbers, manager)
+                row = check_finite(step, numbers, saver)
                 speed = monitor.speed(step, row["train/tokens"])
                 return {**row, "tokens_per_second": speed}
 
@@ -160,22 +174,28 @@ def fit(
                         f"the training data ends after {step - 1} steps, but "
                         f"train.steps is {steps}; set data.repeat=True, or lower it"
                     )
-                state, numbers = train_step(state, global_batch(batch, mesh))
+                list_examples(step, batch)
+                shared = global_batch(batch, mesh, config.train.batch_size)
+                state, numbers = train_step(state, shared)
                 if pending is not None:
                     monitor.record(pending[0], fetch(*pending))
                     pending = None
                 last = step == steps
+                evaluated: dict[str, float] = {}
                 if last or due(step, config.eval.every):
                     row = fetch(step, numbers)
-                    row |= evaluate(config, objective, state.params, held_out, mesh)
+                    params = state.params
+                    evaluated = evaluate(config, objective, params, held_out, mesh)
+                    row |= evaluated
                     monitor.record(step, row)
                     monitor.say(evaluation_line(step, row))
                     monitor.restart_clock(step)
                 elif step == 1 or due(step, config.log.every):
                     pending = (step, numbers)
-                if last or due(step, config.checkpoint.every):
-                    check_finite(step, numbers, manager)
-                    checkpoint.save(manager, step, state, batches, config)
+                if last or due(step, config.checkpoint.every) or saver.failed():
+                    check_finite(step, numbers, saver)
+                    place = batches.next_example
+                    saver.save(step, state, place, config, evaluated, wait=last)
     return close_run(
         config,
         path,
@@ -197,7 +217,7 @@ def check_setup(config: Config) -> Mesh:
     """
     check_logging(config.log)
     mesh = make_mesh(config.mesh)
-    check_batch(config.train, mesh)
+    check_batch(config.train, mesh, config.data.context)
     return mesh
 
 
@@ -206,9 +226,7 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_finite(
-    step: int, numbers: Metrics, manager: CheckpointManager
-) -> dict[str, float]:
+def check_finite(step: int, numbers: Metrics, saver: Saver) -> dict[str, float]:
     """Waits for the numbers of an update and names them `train/...`.
 
     Raises:
@@ -218,11 +236,11 @@ def check_finite(
     for name in ("loss", "gradient_norm", "parameter_norm"):
         value = values[f"train/{name}"]
         if not math.isfinite(value):
-            manager.wait_until_finished()  # the last good one may be on its way
-            good = manager.latest_step()
+            saver.wait_until_finished()  # the last good one may be on its way
+            good = saver.latest_step()
             where = "there is no checkpoint"
             if good is not None:
-                where = f"the last good checkpoint is {manager.directory / str(good)}"
+                where = f"the last good checkpoint is {saver.directory / str(good)}"
             raise TrainingDiverged(
                 f"training diverged: {name} is {value} at step {step}; {where}; lower "
                 "optim.peak_lr, optim.step_size_lr_multiplier or refine.step_size, and "

@@ -30,11 +30,13 @@ def run(values: flags.FlagValues) -> None:
     from ebt_jax.training.config import resolve
     from ebt_jax.training.monitor import finite
     from ebt_jax.training.objective import build_objective
+    from ebt_jax.training.workdir import open_workdir
 
-    path, config = checkpoint.open_workdir(workdir)
+    path, config = open_workdir(workdir)
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
-    params = checkpoint.restore_params(path, values.checkpoint)
+    step = checkpoint.pick_step(path, values.checkpoint)
+    params = checkpoint.load_params(path, step, config)
     data = changed(
         config.data,
         path=values.data,
@@ -58,7 +60,7 @@ def run(values: flags.FlagValues) -> None:
     )
     about = {
         "workdir": str(path),
-        "checkpoint": values.checkpoint or checkpoint.latest_step(path),
+        "checkpoint": step,
         "data": values.data or f"held-out part of {data.held_out_path or data.path}",
     }
     if values.json:

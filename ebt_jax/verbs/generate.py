@@ -38,9 +38,10 @@ def run(values: flags.FlagValues) -> None:
     from ebt_jax.training import checkpoint
     from ebt_jax.training.config import resolve
     from ebt_jax.training.objective import build_objective
+    from ebt_jax.training.workdir import open_workdir
 
     thinking = Thinking(values.num_steps, values.best_of, values.tolerance)
-    path, config = checkpoint.open_workdir(workdir)
+    path, config = open_workdir(workdir)
     landscapes, most = config.refine.num_landscapes, config.refine.num_steps
     if config.model.kind != "ebt" and thinking != AS_TRAINED:
         raise UserError(

@@ -13,11 +13,13 @@ def run(values: flags.FlagValues) -> None:
     workdir = required(values, "workdir", "a folder for what the run writes")
     if values.steps is not None:
         values.config.train.steps = values.steps
+    if values.init_from is not None:
+        values.config.train.init_from = values.init_from
 
     from ebt_jax.training.config import from_config_dict
     from ebt_jax.training.loop import train
 
-    train(from_config_dict(values.config), workdir)
+    train(from_config_dict(values.config), workdir, values.resume_from or "")
 
 
 VERB = Verb(
@@ -29,6 +31,12 @@ VERB = Verb(
     flags=(
         WORKDIR,
         Flag("steps", "short for --config.train.steps", None, INTEGER),
+        Flag(
+            "init_from", "parameters to begin with: WORKDIR[@STEP], .safetensors, .npz"
+        ),
+        Flag(
+            "resume_from", "WORKDIR[@STEP] whose whole state a new workdir begins with"
+        ),
     ),
     config="required",
 )

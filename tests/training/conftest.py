@@ -11,6 +11,7 @@ import pytest
 from decoding import recomputing
 
 from ebt_jax.interfaces import Objective
+from ebt_jax.data.pipeline import TrainBatches
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.training.config import (
     CheckpointConfig,
@@ -51,7 +52,9 @@ def row(index):
 def training_batches(batch_size, seed=0, rows=1000, repeat=True):
     data = grain.MapDataset.range(rows).shuffle(seed=seed)
     data = data.repeat() if repeat else data
-    return iter(data.map(row).batch(batch_size, drop_remainder=True).to_iter_dataset())
+    return TrainBatches(
+        data.map(row), batch_size=batch_size, rows=range(batch_size), num_workers=0
+    )
 
 
 def held_out_batches(batch_size=8, rows=16):

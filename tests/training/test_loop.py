@@ -2,7 +2,6 @@ import json
 import math
 import shutil
 
-import grain
 import jax
 import numpy as np
 import optax
@@ -20,6 +19,7 @@ from ebt_jax.training.config import (
     TrainConfig,
 )
 from ebt_jax.training.loop import enable_compilation_cache, fit, train
+from ebt_jax.training.workdir import read_config
 
 EXTRAS = {"curve_steps": 3, "sample_tokens": 6}
 TIMING = ("seconds", "tokens_per_second")
@@ -47,24 +47,22 @@ def table(path, toy, monkeypatch):
     return np.asarray(checkpoint.restore_params(path)["table"])
 
 
-class Interrupted(grain.DatasetIterator):
+class Interrupted:
     """Batches that are cut off, as by a signal, before batch `after + 1` is read."""
 
     def __init__(self, batches, after):
-        super().__init__(batches)
         self.batches, self.left = batches, after
+        self.seek = batches.seek
+
+    @property
+    def next_example(self):
+        return self.batches.next_example
 
     def __next__(self):
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1
         return next(self.batches)
-
-    def get_state(self):
-        return self.batches.get_state()
-
-    def set_state(self, state):
-        self.batches.set_state(state)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +247,7 @@ def test_train_with_the_real_pieces(tmp_path):
     result = train(config, str(workdir))
     assert result["eval/tokens"] == 8 * 16 and "eval/bits_per_byte" in result
     assert [row["step"] for row in metrics(workdir)] == [1, 2, 3, 4]
-    resolved = checkpoint.read_config(workdir)
+    resolved = read_config(workdir)
     assert resolved.model.vocab_size == 256 and resolved.optim.schedule_steps == 4
     params = checkpoint.restore_params(workdir)
     norm = np.float32(result["train/parameter_norm"])
