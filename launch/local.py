@@ -18,7 +18,8 @@ command of `ebt`; the flags that join the processes are added to it.
     --dry_run        prints the commands, one a line, and starts nothing
 
 Process 0 writes to the terminal as it is; each line of process i begins with `[i] `.
-Ctrl-C and SIGTERM are passed on to all; a second Ctrl-C kills them.
+Ctrl-C and SIGTERM are passed on to all, the end of the terminal as SIGTERM; a second
+Ctrl-C kills them.
 
 Exit code: 0 if all end with 0; else 3 (diverged) if one ends with it, then 2 (a user's
 mistake), then 75 (stopped, to be continued by the same command); else that of the one

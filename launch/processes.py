@@ -146,10 +146,29 @@ def run_once(
         if i
         for thread in copy_output(process, f"[{i}] ".encode())
     ]
+    try:
+        ended, told = _watch(running, grace, signals)
+    finally:
+        for process in running.values():  # only where this program itself failed
+            process.kill()
+    for pump in pumps:
+        pump.join(timeout=5)  # a grandchild may hold the pipe open
+    outcome = verdict(ended)
+    return outcome._replace(again=outcome.again and not told)
+
+
+def _watch(
+    running: dict[int, Popen], grace: float, signals: queue.SimpleQueue[int]
+) -> tuple[list[int], bool]:
+    """Waits until all have ended, which empties `running`.
+
+    Returns:
+      Return codes in the order of their end, and whether a signal came.
+    """
     ended: list[int] = []  # return codes, in the order of their end
     deadline = math.inf
     told = False
-    while True:
+    while running:
         for i, process in list(running.items()):
             if process.poll() is None:
                 continue
@@ -159,9 +178,7 @@ def run_once(
                 if running:
                     say(f"process {i} ended with {_named(process.returncode)}")
             ended.append(process.returncode)
-        if not running:
-            break
-        if time.monotonic() > deadline:
+        if running and time.monotonic() > deadline:
             say(f"kills the {len(running)} left after {grace:g} s of grace")
             deadline = math.inf
             for process in running.values():
@@ -172,10 +189,7 @@ def run_once(
             again = told and number == signal.SIGINT
             process.send_signal(signal.SIGKILL if again else number)
         told = told or number != 0
-    for pump in pumps:
-        pump.join(timeout=5)  # a grandchild may hold the pipe open
-    outcome = verdict(ended)
-    return outcome._replace(again=outcome.again and not told)
+    return ended, told
 
 
 def verdict(ended: Sequence[int]) -> Outcome:
@@ -198,12 +212,18 @@ def verdict(ended: Sequence[int]) -> Outcome:
 def incoming_signals() -> Iterator[queue.SimpleQueue[int]]:
     """Collects SIGINT and SIGTERM, in place of what they do otherwise.
 
-    Nothing is done in the handler, so no process can start unseen beside it.
+    SIGHUP, when a terminal is closed, becomes SIGTERM; what is ignored, as by nohup,
+    stays so. Nothing is done in the handler, so no process can start unseen beside it.
     """
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handler = lambda number, frame: signals.put(number)
-    before = {number: signal.signal(number, handler) for number in numbers}
+    meanings = {number: number for number in (signal.SIGINT, signal.SIGTERM)}
+    meanings[signal.SIGHUP] = signal.SIGTERM
+    handler = lambda number, frame: signals.put(meanings[number])
+    before = {
+        number: signal.signal(number, handler)
+        for number in meanings
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield signals
     finally:
@@ -257,8 +277,9 @@ def shell_line(process: Process) -> str:
 
 
 def say(text: str) -> None:
-    """Prints a line of this program's own to stderr."""
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    """Prints a line of this program's own to stderr, if there still is one."""
+    with contextlib.suppress(OSError):
+        print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
 def _copy(source: IO[bytes], target: int, prefix: bytes) -> None:

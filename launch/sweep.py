@@ -33,6 +33,7 @@ SIGTERM came, 2 for a mistake.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import runpy
 import shlex
@@ -264,7 +265,8 @@ def run_pool(
     free = list(range(len(places)))
     running: dict[int, tuple[int, Popen, int]] = {}  # run: place, process, log begins
     told = False
-    with incoming_signals() as signals:
+    with incoming_signals() as signals, contextlib.ExitStack() as crash:
+        crash.callback(_kill, running)  # only where this program itself failed
         while running or (waiting and not told):
             due = min(waiting, default=(float("inf"), -1))
             if free and not told and due[0] <= time.monotonic():
@@ -355,6 +357,11 @@ def submit(
             f"sbatch is not on this host's PATH; {file} is written, submit from a "
             f"login node: {shlex.join(command)}"
         ) from error
+
+
+def _kill(running: Mapping[int, tuple[int, Popen, int]]) -> None:
+    for _, process, _ in running.values():
+        process.kill()
 
 
 def _start_logged(process: Process, log: str) -> tuple[Popen, int]:

@@ -126,9 +126,9 @@ def launched(tmp_path, script, processes=2):
     return launcher
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_passed_on_to_all(number, tmp_path):
-    launcher = launched(tmp_path, "trap 'exit 75' TERM INT")
+    launcher = launched(tmp_path, "trap 'exit 75' TERM INT")  # not HUP
     launcher.send_signal(number)
     _, error = launcher.communicate(timeout=20)
     assert launcher.returncode == 75
