@@ -68,6 +68,32 @@ class ObjectiveConfig:
             )
 
 
+def system_2(
+    step_size: float, noise_std: float, num_steps: int = 3
+) -> tuple[RefineSetup, ObjectiveConfig]:
+    """The published System 2, without its replay buffer.
+
+    It is for thinking longer than in training: one landscape, and all steps lead to a
+    last one, which alone is scored and has its inner gradient differentiated.
+
+    Args:
+      step_size: fixed; drawn for each prediction from [step_size / 2, 2 step_size].
+      noise_std: of Langevin noise.
+      num_steps: the most; one less is as likely.
+    """
+    refine = RefineSetup(
+        num_steps=num_steps,
+        min_steps=max(num_steps - 1, 1),
+        num_landscapes=1,
+        backprop="truncated",
+        noise_std=noise_std,
+        step_size_jitter=2.0,
+        step_size=step_size,
+        step_size_learnable=False,
+    )
+    return refine, ObjectiveConfig(loss_steps="last")
+
+
 def falling(start: float, index: ArrayLike, length: ArrayLike) -> ArrayLike:
     """Label smoothing: start (N-1-i) / (N-1) at step i of N, and 0 where N is 1."""
     if not start:

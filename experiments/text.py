@@ -54,7 +54,7 @@ import ml_collections
 from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES, ModelConfig
-from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import RefineSetup, system_2
 from ebt_jax.training.config import (
     CheckpointConfig,
     Config,
@@ -140,17 +140,7 @@ def _method(method: str, size: str) -> Config:
     if method == "s1":
         return _with_step_size(config, 500.0)
     if method == "s2":
-        refine = RefineSetup(
-            num_steps=3,
-            min_steps=2,
-            num_landscapes=1,
-            backprop="truncated",
-            noise_std=3.0,
-            step_size_jitter=2.0,
-            step_size=5.0,
-            step_size_learnable=False,
-        )
-        objective = ObjectiveConfig(loss_steps="last")
+        refine, objective = system_2(step_size=5.0, noise_std=3.0)
         return dataclasses.replace(config, refine=refine, objective=objective)
     if method == "anchored":
         model = ModelConfig(

@@ -7,18 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import QUICK, VOCAB, tiny
 
 from ebt_jax import models
 from ebt_jax.categorical import covers
 from ebt_jax.interfaces import Draws
-from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.objectives import refined
 from ebt_jax.randomness import over_predictions
 
-BATCH, SEQ, VOCAB = 4, 5, 11
+BATCH, SEQ = 4, 5
 KEY = jax.random.key(7)
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
 
 SYSTEM_1 = RefineSetup(num_steps=2, num_landscapes=2, step_size=2.0)
 SYSTEM_2 = RefineSetup(
@@ -71,16 +70,7 @@ SETUPS = {
 
 
 def model_of(**fields):
-    return ModelConfig(
-        **{
-            "num_layers": 1,
-            "num_heads": 2,
-            "dim": 8,
-            "vocab_size": VOCAB,
-            "num_landscapes": 2,
-            **fields,
-        }
-    )
+    return tiny(**{"num_layers": 1, **fields})
 
 
 def make_batch(packed=False):

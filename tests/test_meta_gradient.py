@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from energies import BATCH, DIM, gradient_at, mixed, problem
 from jax.test_util import check_grads
+from tiny import QUICK
 
 from ebt_jax.meta_gradient import energy_and_gradient
 from ebt_jax.models.config import ModelConfig
@@ -17,7 +18,6 @@ from ebt_jax.refine import RefineConfig, refine
 STEPS, JITTER = 4, 1.5
 MODES = ["per_step", "truncated", "full"]
 RULES = ["rule", "autodiff"]
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
 
 
 def arguments():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import QUICK
 
 from ebt_jax import models
 from ebt_jax.interfaces import Draws, EnergyModel, FeedForward
@@ -19,7 +20,6 @@ from ebt_jax.thinking import AS_TRAINED, Thinking
 
 BATCH, SEQ, VOCAB = 4, 3, 5
 KEY = jax.random.key(0)
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
 SETUP = RefineSetup(num_steps=3, num_landscapes=2, step_size=2.0)
 WEIGHTS = np.ones((BATCH, SEQ), np.float32)
 WEIGHTS[1, 1:] = 0

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from energies import mixed, problem
+from tiny import QUICK
 
 from ebt_jax.randomness import fold_in, normal, prediction_keys
 from ebt_jax.refine import RefineConfig, refine, refine_until
@@ -13,7 +14,6 @@ from ebt_jax.thinking import AS_TRAINED, Thinking, final_energy, think
 PARAMS, CONTEXT, START = problem()
 KEYS = prediction_keys(jax.random.key(3), jnp.arange(len(START)), jnp.arange(1))[:, 0]
 CONFIG = RefineConfig(num_steps=2, num_landscapes=2, noise_std=0.1)
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
 OPTIONS = {"step_size": 0.1, "config": CONFIG, "normalize": jnp.tanh}
 
 

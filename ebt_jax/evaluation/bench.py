@@ -27,7 +27,7 @@ from ebt_jax.errors import UserError
 from ebt_jax.evaluation import bench_compiled, bench_timed
 from ebt_jax.evaluation.bench_settings import Settings
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup, system_2
 from ebt_jax.thinking import Thinking
 from ebt_jax.training.config import Config, OptimConfig, TrainConfig, resolve
 
@@ -175,18 +175,7 @@ def _system(system: int, steps: int) -> tuple[RefineSetup, ObjectiveConfig]:
         steps = steps or 2
         refine = RefineSetup(num_steps=steps, num_landscapes=steps, step_size=500.0)
         return refine, ObjectiveConfig(loss_steps="all")
-    steps = steps or 3
-    refine = RefineSetup(
-        num_steps=steps,
-        min_steps=max(steps - 1, 1),
-        num_landscapes=1,
-        backprop="truncated",
-        noise_std=3.0,
-        step_size_jitter=2.0,
-        step_size=5.0,
-        step_size_learnable=False,
-    )
-    return refine, ObjectiveConfig(loss_steps="last")
+    return system_2(step_size=5.0, noise_std=3.0, num_steps=steps or 3)
 
 
 def _deeper(settings: Settings) -> list[Config]:

@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding import recomputing
+from tiny import QUICK, VOCAB, tiny
 
 from ebt_jax.evaluation.decoding import NONE, PIECE, encode, extend
 from ebt_jax.evaluation.generation import generate_ids
 from ebt_jax.evaluation.sampling import Sampling
-from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import RefineSetup
 from ebt_jax.thinking import AS_TRAINED, Thinking
 from ebt_jax.training.config import Config
 from ebt_jax.training.objective import build_objective
 
-VOCAB, CONTEXT = 11, 9
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
+CONTEXT = 9
 MODELS = {
     "default": {"conditioning": "default"},
     "time_embed": {},
@@ -35,14 +34,7 @@ def trained(name):
 
     Steps are small: large ones magnify what rounding does to their first gradient.
     """
-    model = ModelConfig(
-        num_layers=2,
-        num_heads=2,
-        dim=16,
-        vocab_size=VOCAB,
-        num_landscapes=2,
-        **MODELS[name],
-    )
+    model = tiny(dim=16, **MODELS[name])
     refine = RefineSetup(num_landscapes=2, noise_std=0.3, step_size=0.1)
     objective = build_objective(Config(model=model, refine=refine))
     init = jax.jit(objective.init, compiler_options=QUICK)

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import QUICK, VOCAB, tiny
 
 from ebt_jax.models.attention import Visible, rotation
 from ebt_jax.models.blocks import Block, Norm
-from ebt_jax.models.config import ModelConfig
 from ebt_jax.models.text import energy_model
 
-BATCH, SEQ, VOCAB, DIM, LANDSCAPES = 2, 5, 11, 8, 2
+BATCH, SEQ = 2, 5
 LANDSCAPE = 1
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
 
 CASES = {
     "default": {"conditioning": "default"},
@@ -33,19 +32,6 @@ CASES = {
         "ffn_multiplier": 2.0,
     },
 }
-
-
-def tiny(**fields):
-    return ModelConfig(
-        **{
-            "num_layers": 2,
-            "num_heads": 2,
-            "dim": DIM,
-            "vocab_size": VOCAB,
-            "num_landscapes": LANDSCAPES,
-            **fields,
-        }
-    )
 
 
 def lively(params):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import QUICK, VOCAB, tiny
 
 from ebt_jax import models
 from ebt_jax.models.blocks import ACTIVATIONS, Norm
@@ -11,22 +12,7 @@ from ebt_jax.models.config import SIZES, ModelConfig
 from ebt_jax.models.text import energy_model
 from ebt_jax.refine import RefineConfig, refine
 
-VOCAB = 11
 KEY = jax.random.key(0)
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
-
-
-def tiny(**fields):
-    return ModelConfig(
-        **{
-            "num_layers": 2,
-            "num_heads": 2,
-            "dim": 8,
-            "vocab_size": VOCAB,
-            "num_landscapes": 2,
-            **fields,
-        }
-    )
 
 
 def inputs():

@@ -4,22 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import VOCAB, tiny
 
-from ebt_jax.models.config import ModelConfig
 from ebt_jax.models.text import cross_entropy, transformer_pp
 
-VOCAB, BATCH, SEQ = 11, 2, 5
-
-
-def tiny(**fields):
-    return ModelConfig(
-        kind="transformer_pp",
-        num_layers=2,
-        num_heads=2,
-        dim=8,
-        vocab_size=VOCAB,
-        **fields,
-    )
+BATCH, SEQ = 2, 5
 
 
 def tokens():
@@ -29,7 +18,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def baseline():
-    model = transformer_pp(tiny())
+    model = transformer_pp(tiny(kind="transformer_pp"))
     return jax.jit(model.init)(jax.random.key(0)), jax.jit(model.predict)
 
 
@@ -68,7 +57,8 @@ def test_packed_documents_are_scored_as_each_alone(baseline):
 def test_bfloat16_stays_near_with_float32_logits(baseline):
     params, predict = baseline
     exact = predict(params, {"tokens": tokens()})
-    half = transformer_pp(tiny(dtype="bfloat16")).predict(params, {"tokens": tokens()})
+    half = transformer_pp(tiny(kind="transformer_pp", dtype="bfloat16"))
+    half = half.predict(params, {"tokens": tokens()})
     assert half.dtype == jnp.float32
     scale = np.abs(exact).max()
     assert 0 < np.abs(half - exact).max() < 0.05 * scale
