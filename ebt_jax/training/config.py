@@ -85,12 +85,21 @@ class TrainConfig:
     batch_size: int = 16  # sequences per update, over all devices
     accumulation: int = 1  # parts a batch is split into, one after the other
     seed: int = 0  # of parameters, data order and every draw in training
+    spike_factor: float = 0.0  # leaves out gradients so many times the usual; 0: none
+    max_skipped: int = 10  # updates left out in a row before going back to a checkpoint
+    max_rollbacks: int = 2  # times a run goes back before it counts as diverged
     init_from: str = ""  # parameters of WORKDIR[@STEP] | FILE.safetensors | FILE.npz
     init_vocab: str = "extend"  # extend | fresh: what init_from does to the vocabulary
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation"):
+        for name in ("steps", "batch_size", "accumulation", "max_skipped"):
             _positive(self, "train", name)
+        _not_negative(self, "train", "max_rollbacks")
+        if self.spike_factor and not 1 < self.spike_factor < math.inf:
+            raise UserError(
+                f"train.spike_factor is {self.spike_factor}, but has to be more than "
+                "1, or 0 for no limit"
+            )
         if self.init_vocab not in ("extend", "fresh"):
             raise UserError(
                 f"train.init_vocab is {self.init_vocab!r}, but has to be extend (keep "
@@ -184,10 +193,16 @@ class LogConfig:
     wandb_project: str = ""  # Weights & Biases project; empty: not used
     plots: bool = True  # learning and thinking curves as PNG at the end
     compilation_cache: bool = True  # keep compiled programs in the user's cache
+    hang_seconds: int = 1800  # without a step, before stacks are written; 0: never
+    profile_step: int = 0  # first step of a jax.profiler window; 0: none
+    profile_steps: int = 5  # its length, also of one begun by a file `profile`
     example_ids: bool = False  # write the ids of each batch to examples-PROCESS.jsonl
 
     def __post_init__(self) -> None:
-        _positive(self, "log", "every")
+        for name in ("every", "profile_steps"):
+            _positive(self, "log", name)
+        for name in ("hang_seconds", "profile_step"):
+            _not_negative(self, "log", name)
 
 
 @dataclasses.dataclass(frozen=True)

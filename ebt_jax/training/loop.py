@@ -4,43 +4,51 @@
 
 An update is dispatched before the numbers of an earlier one are waited for, so that the
 device does not wait for the host. A killed run that is started again continues at its
-newest checkpoint with the next batch and the next key, bit for bit.
+newest checkpoint with the next batch and the next key, bit for bit. Updates that are
+not finite are left out (`guard`); where that goes on, the run goes back to a checkpoint
+and on with new data (`rollback`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from absl import logging
 from jax.sharding import Mesh
 
 from ebt_jax.data import pipeline, tokenizers
-from ebt_jax.errors import TrainingDiverged, UserError
-from ebt_jax.interfaces import Metrics, Objective
+from ebt_jax.errors import Stopped, UserError
+from ebt_jax.interfaces import Batch, Metrics, Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.training import checkpoint
 from ebt_jax.training.closing import close_run, evaluate, read_summary
 from ebt_jax.training.config import Config, resolve
 from ebt_jax.training.examples import example_log
 from ebt_jax.training.initial import begin, find_origin
-from ebt_jax.training.monitor import Monitor, check_logging, say
+from ebt_jax.training.monitor import Monitor, say
 from ebt_jax.training.objective import build_objective
+from ebt_jax.training.opening import (
+    check_setup,
+    enable_compilation_cache,
+    introduction,
+)
 from ebt_jax.training.optim import learning_rates, make_optimizer, parameter_groups
+from ebt_jax.training.rollback import Recent, roll_back, too_many
 from ebt_jax.training.saving import Saver
 from ebt_jax.training.sharding import (
     NumpyBatch,
-    check_batch,
     global_batch,
     local_rows,
-    make_mesh,
     state_target,
 )
-from ebt_jax.training.step import init_state, make_step
+from ebt_jax.training.signals import StopSignals
+from ebt_jax.training.step import TrainState, init_state, make_step
+from ebt_jax.training.timing import Stopwatch, flops_per_update
+from ebt_jax.training.watch import Watch
 from ebt_jax.training.workdir import check_config, check_workdir, claim_workdir
 
 
@@ -60,7 +68,8 @@ def train(config: Config, workdir: str, resume_from: str = "") -> dict[str, floa
 
     Raises:
       UserError: for a mistake in the config, the data or the workdir.
-      TrainingDiverged: when a number is not finite any more.
+      TrainingDiverged: when updates are not finite again and again.
+      Stopped: by SIGTERM, a preemption notice or Ctrl-C; the same call continues it.
     """
     path = check_workdir(workdir)
     mesh = check_setup(config)
@@ -113,9 +122,10 @@ def fit(
       As `train`.
 
     Raises:
-      UserError, TrainingDiverged: as `train`.
+      UserError, TrainingDiverged, Stopped: as `train`.
     """
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every save
+    # Orbax tells of every save, and of a failure in pages; `Saver` says it in a line.
+    logging.set_verbosity(logging.FATAL)
     mesh = check_setup(config)
     check_config(path, config)
     start, steps = checkpoint.recover(path) or 0, config.train.steps
@@ -143,9 +153,14 @@ def fit(
         accumulation=config.train.accumulation,
         rates=rates,
         mesh=mesh,
+        spike_factor=config.train.spike_factor,
     )
     target = state_target(jax.eval_shape(init), mesh)
-    with Saver(path, config.checkpoint) as saver:
+    with (
+        Saver(path, config.checkpoint) as saver,
+        StopSignals() as signals,
+        Watch(path, config.log, start) as watch,
+    ):
         own = (path, start) if start else None
         state, next_example = begin(config, own, origin, init, target)
         batches.seek(next_example)
@@ -155,98 +170,204 @@ def fit(
             start = origin.step
             say(f"continuing {origin.path} at step {start}")
             saver.save(start, state, next_example, config, wait=True)
-        with (
-            Monitor(path, config, start=start) as monitor,
-            example_log(path, config.log.example_ids, start) as list_examples,
-        ):
-
-            def fetch(step: int, numbers: Metrics) -> dict[str, float]:
-                row = check_finite(step, numbers, saver)
-                speed = monitor.speed(step, row["train/tokens"])
-                return {**row, "tokens_per_second": speed}
-
-            pending = None  # an update whose numbers are yet to be logged
-            row: dict[str, float] = {}
-            for step in range(start + 1, steps + 1):
-                batch = next(batches, None)
-                if batch is None:
-                    raise UserError(
-                        f"the training data ends after {step - 1} steps, but "
-                        f"train.steps is {steps}; set data.repeat=True, or lower it"
-                    )
-                list_examples(step, batch)
-                shared = global_batch(batch, mesh, config.train.batch_size)
-                state, numbers = train_step(state, shared)
-                if pending is not None:
-                    monitor.record(pending[0], fetch(*pending))
-                    pending = None
-                last = step == steps
-                evaluated: dict[str, float] = {}
-                if last or due(step, config.eval.every):
-                    row = fetch(step, numbers)
-                    params = state.params
-                    evaluated = evaluate(config, objective, params, held_out, mesh)
-                    row |= evaluated
-                    monitor.record(step, row)
-                    monitor.say(evaluation_line(step, row))
-                    monitor.restart_clock(step)
-                elif step == 1 or due(step, config.log.every):
-                    pending = (step, numbers)
-                if last or due(step, config.checkpoint.every) or saver.failed():
-                    check_finite(step, numbers, saver)
-                    place = batches.next_example
-                    saver.save(step, state, place, config, evaluated, wait=last)
+        run = Run(
+            config=config,
+            path=path,
+            train_step=train_step,
+            evaluate=lambda p: evaluate(config, objective, p, held_out, mesh),
+            batches=batches,
+            mesh=mesh,
+            saver=saver,
+            signals=signals,
+            watch=watch,
+            recent=Recent(config.train.max_skipped),
+            flops=flops_per_update(config, shapes),
+        )
+        progress = make_updates(run, state, start)
+        while not progress.good:
+            with watch.phase("rolling back"):
+                recent, (state, step, row, _) = run.recent, progress
+                state, start = roll_back(
+                    config.train, path, saver, recent, state, target, step, row
+                )
+            progress = make_updates(run, state, start)
     return close_run(
         config,
         path,
         objective,
         tokenizer,
-        state.params,
+        progress.state.params,
         held_out,
         mesh,
-        max(start, steps),
-        row,
+        progress.step,
+        progress.row,
     )
 
 
-def check_setup(config: Config) -> Mesh:
-    """The mesh of a run, once what needs neither data nor model is checked.
+class Run(NamedTuple):
+    """What stays the same during a run.
+
+    Attributes:
+      config: resolved.
+      path: the workdir.
+      train_step: of `make_step`.
+      evaluate: parameters -> the held-out numbers, named `eval/...`.
+      batches: to train on.
+      mesh: of all devices.
+      saver: of its checkpoints.
+      signals: which may ask it to stop.
+      watch: heartbeats, hangs, profiles.
+      recent: for a report.
+      flops: of an update, None if not known.
+    """
+
+    config: Config
+    path: Path
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[PyTree], dict[str, float]]
+    batches: pipeline.TrainBatches
+    mesh: Mesh
+    saver: Saver
+    signals: StopSignals
+    watch: Watch
+    recent: Recent
+    flops: float | None
+
+
+class Progress(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+      state: the present one.
+      step: updates made when `row` was.
+      row: numbers of that update; empty if none was made.
+      good: whether all updates are made; else too many in a row were left out.
+    """
+
+    state: TrainState
+    step: int
+    row: dict[str, float]
+    good: bool
+
+
+def make_updates(run: Run, state: TrainState, start: int) -> Progress:
+    """Makes the updates from one on, until the last or until they do no good.
+
+    Args:
+      run: what stays the same.
+      state: after `start` updates; donated.
+      start: updates made before.
 
     Raises:
-      UserError: for devices, batch or logging that cannot be had.
+      UserError: if the data ends.
+      Stopped: if the run was asked to stop, and is saved.
     """
-    check_logging(config.log)
-    mesh = make_mesh(config.mesh)
-    check_batch(config.train, mesh, config.data.context)
-    return mesh
+    config, watch, steps = run.config, run.watch, run.config.train.steps
+    kind = run.mesh.devices.flat[0].device_kind
+    stopwatch = Stopwatch(
+        start, flops=run.flops, devices=run.mesh.size, device_kind=kind
+    )
+    pending = None  # an update whose numbers are yet to be logged
+    row: dict[str, float] = {}
+    saving = False  # also until an update is made, where a save was due
+    with (
+        Monitor(run.path, config, start=start) as monitor,
+        example_log(run.path, config.log.example_ids, start) as list_examples,
+    ):
+
+        def fetch(step: int, numbers: Metrics) -> dict[str, float]:
+            """Waits for the numbers of an update and names them `train/...`."""
+            got = {f"train/{k}": float(v) for k, v in jax.device_get(numbers).items()}
+            run.recent.numbers(step, got)
+            return got
+
+        def log(step: int, row: dict[str, float]) -> None:
+            monitor.record(step, row)
+            watch.logged()
+            if warning := stopwatch.input_warning():
+                monitor.say(warning)
+
+        for step in range(start + 1, steps + 1):
+            watch.before_step(step)
+            with stopwatch.spending("input"):
+                batch = next_batch(run.batches, step, steps)
+                shared = global_batch(batch, run.mesh, config.train.batch_size)
+            list_examples(step, batch)
+            run.recent.batch(step, batch)
+            state, numbers = run.train_step(state, shared)
+            watch.after_step(step, numbers)
+            if pending is not None:
+                row = fetch(*pending)
+                row |= stopwatch.lap(pending[0], row["train/tokens"])
+                log(pending[0], row)
+                if too_many(config.train, row):
+                    return Progress(state, pending[0], row, False)
+                pending = None
+
+            last, stopping = step == steps, run.signals.stop_now()
+            evaluating = last or due(step, config.eval.every)
+            logging_now = step == 1 or due(step, config.log.every)
+            saving |= due(step, config.checkpoint.every) or run.saver.failed()
+            evaluated: dict[str, float] = {}
+            if logging_now and not evaluating:
+                pending = (step, numbers)
+            if not (evaluating or saving or stopping):
+                continue
+
+            row = fetch(step, numbers)
+            if too_many(config.train, row):
+                return Progress(state, step, row, False)
+            if evaluating:
+                row |= stopwatch.lap(step, row["train/tokens"])
+                with watch.phase("evaluating"):
+                    evaluated = run.evaluate(state.params)
+                row |= evaluated
+                log(step, row)
+                monitor.say(evaluation_line(step, row))
+                stopwatch.restart(step)
+            # A checkpoint to go back to holds no update that was left out.
+            if last or stopping or (saving and not row["train/skipped_in_a_row"]):
+                with watch.phase("saving"), stopwatch.spending("checkpoint"):
+                    place, wait = run.batches.next_example, last or stopping
+                    run.saver.save(step, state, place, config, evaluated, wait=wait)
+                saving = False
+            if stopping and not last:
+                if pending is not None:
+                    row |= stopwatch.lap(step, row["train/tokens"])
+                    log(step, row)
+                raise stopped(run, step)
+    return Progress(state, max(start, steps), row, True)
+
+
+def next_batch(batches: pipeline.TrainBatches, step: int, steps: int) -> NumpyBatch:
+    """The next batch of this process.
+
+    Raises:
+      UserError: if there is none.
+    """
+    batch = next(batches, None)
+    if batch is None:
+        raise UserError(
+            f"the training data ends after {step - 1} steps, but train.steps is "
+            f"{steps}; set data.repeat=True, or lower it"
+        )
+    return batch
+
+
+def stopped(run: Run, step: int) -> Stopped:
+    """What a run that was asked to stop says at its end."""
+    interrupted = run.signals.interrupted
+    why = "Ctrl-C" if interrupted else "SIGTERM or a preemption notice"
+    return Stopped(
+        f"{why} at step {step} of {run.config.train.steps}, which is saved; the same "
+        "command continues there",
+        130 if interrupted else 75,
+    )
 
 
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps, 0 for never, happens now."""
     return every > 0 and step % every == 0
-
-
-def check_finite(step: int, numbers: Metrics, saver: Saver) -> dict[str, float]:
-    """Waits for the numbers of an update and names them `train/...`.
-
-    Raises:
-      TrainingDiverged: if the loss, the gradient or the new parameters are not finite.
-    """
-    values = {f"train/{k}": float(v) for k, v in jax.device_get(numbers).items()}
-    for name in ("loss", "gradient_norm", "parameter_norm"):
-        value = values[f"train/{name}"]
-        if not math.isfinite(value):
-            saver.wait_until_finished()  # the last good one may be on its way
-            good = saver.latest_step()
-            where = "there is no checkpoint"
-            if good is not None:
-                where = f"the last good checkpoint is {saver.directory / str(good)}"
-            raise TrainingDiverged(
-                f"training diverged: {name} is {value} at step {step}; {where}; lower "
-                "optim.peak_lr, optim.step_size_lr_multiplier or refine.step_size, and "
-                "name another workdir"
-            )
-    return values
 
 
 def evaluation_line(step: int, row: dict[str, float]) -> str:
@@ -258,33 +379,3 @@ def evaluation_line(step: int, row: dict[str, float]) -> str:
     if "eval/energy_gap" in row:
         parts.append(f"energy gap {row['eval/energy_gap']:.3g}")
     return " | ".join(parts)
-
-
-def introduction(config: Config, params: PyTree, mesh: Mesh) -> str:
-    """What is going to be trained, on what."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    device = mesh.devices.flat[0]
-    return (
-        f"model    {config.model.kind} {config.model.size}, {count:,} parameters\n"
-        f"data     {config.data.path}, tokenizer {config.data.tokenizer}, "
-        f"{config.train.batch_size} x {config.data.context} tokens per step\n"
-        f"devices  {mesh.size} x {device.device_kind}, jax {jax.__version__}; the "
-        "first step takes longer, it is compiled"
-    )
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache directory, for the next start.
-
-    A cache that is set already, as by JAX_COMPILATION_CACHE_DIR, stays. Where the
-    directory cannot be made, there is no cache: that is no reason to fail.
-    """
-    if jax.config.values["jax_compilation_cache_dir"]:
-        return
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(root) / "ebt_jax"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -18,11 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-from tensorboardX import SummaryWriter
 
-from ebt_jax.errors import UserError
-from ebt_jax.training.checkpoint import replace_text
+from ebt_jax.errors import StorageError, UserError
 from ebt_jax.training.config import Config, LogConfig
+from ebt_jax.training.workdir import replace_text
+from ebt_jax.training.writers import Lines, TensorBoard, check_there
 
 PROGRESS_SECONDS = 10.0  # between progress lines, where they cannot be rewritten
 
@@ -52,8 +52,11 @@ class Monitor:
     Numbers go to `metrics.jsonl` (one object per line, appended), to TensorBoard files
     in `tensorboard/` and to Weights & Biases, as `config.log` says. Lines of a run that
     went on after its last checkpoint are dropped when it is continued: the file then
-    equals that of a run that was never interrupted, but for `seconds` and
-    `tokens_per_second`.
+    equals that of a run that was never interrupted, but for what is measured in seconds
+    or bytes.
+
+    While the files cannot be written, as on a full disk, numbers are kept in memory and
+    written when it works again. A workdir that has vanished ends the run.
     """
 
     def __init__(
@@ -71,7 +74,11 @@ class Monitor:
           config: of the run; `log` says what to write.
           start: updates made before; what was written of later ones is dropped.
           clock: seconds.
+
+        Raises:
+          StorageError: if they cannot be.
         """
+        self._workdir = workdir
         self._steps = config.train.steps
         self._clock = clock
         self._in_place = sys.stderr.isatty()
@@ -80,17 +87,20 @@ class Monitor:
         self._first: tuple[int, float] | None = None  # step and time, for the ETA
         self._seconds_before = 0.0
         self._began = clock()
-        self._lap = (start, self._began)  # step and time, for the speed
+        self._failing = False  # whether the last numbers could not be written
         self._lines = self._tensorboard = self._wandb = None
         if jax.process_index():
             return
-        file = workdir / "metrics.jsonl"
-        self._seconds_before = rewind(file, start)
-        self._lines = file.open("a", buffering=1)
+        self._lines = Lines(workdir / "metrics.jsonl")
+        try:
+            self._seconds_before = rewind(self._lines.file, start)
+        except OSError as error:
+            raise StorageError(
+                f"{self._lines.file} cannot be read or written: {error.strerror}; make "
+                "room or repair the storage, and give the same command again"
+            ) from error
         if config.log.tensorboard:
-            self._tensorboard = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start + 1
-            )
+            self._tensorboard = TensorBoard(workdir / "tensorboard", start + 1)
         if config.log.wandb_project:
             self._wandb = _start_wandb(workdir, config)
 
@@ -104,8 +114,8 @@ class Monitor:
         trace: TracebackType | None,
     ) -> None:
         self._end_line()
-        if self._lines:
-            self._lines.close()
+        if self._lines and self._failing:
+            self._try_to_write(self._lines.flush)
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -116,42 +126,53 @@ class Monitor:
         self._end_line()
         say(text)
 
-    def restart_clock(self, step: int) -> None:
-        """Leaves what happened until now out of the next `speed`."""
-        self._lap = (step, self._clock())
-
-    def speed(self, step: int, tokens: float) -> float:
-        """Tokens per second since the last call of this or of `restart_clock`.
-
-        Args:
-          step: updates made.
-          tokens: predictions scored in each of them.
-        """
-        lap_step, lap_time = self._lap
-        self.restart_clock(step)
-        elapsed = max(self._lap[1] - lap_time, 1e-9)
-        return round(tokens * (step - lap_step) / elapsed, 1)
-
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes the numbers of a step, and `seconds` of the run so far.
 
         Args:
           step: updates made.
           values: `train/...`, `eval/...`, `tokens_per_second`; null where not finite.
+
+        Raises:
+          Stopped: if the workdir has vanished.
         """
         if self._lines is None:
             return
+        check_there(self._workdir)
         now = self._clock()
         seconds = round(self._seconds_before + now - self._began, 3)
         row = {"step": step, **finite(values), "seconds": seconds}
-        self._lines.write(json.dumps(row, allow_nan=False) + "\n")
         scalars = {k: v for k, v in row.items() if v is not None and k != "step"}
-        if self._tensorboard:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+        self._write(json.dumps(row, allow_nan=False), step, scalars)
         if self._wandb:
             self._wandb.log(scalars, step=step)
         self._progress(step, row, now)
+
+    def _write(self, line: str, step: int, scalars: dict[str, float]) -> None:
+        lines, tensorboard = self._lines, self._tensorboard
+        assert lines is not None
+        written = self._try_to_write(lambda: lines.write(line))
+        if tensorboard:
+            seconds = time.time()
+            written &= self._try_to_write(
+                lambda: tensorboard.write(step, scalars, seconds)
+            )
+        if written and self._failing:
+            self.say("numbers are written again, also those that were kept")
+        self._failing = not written
+
+    def _try_to_write(self, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            if not self._failing:
+                self._failing = True
+                self.say(
+                    f"warning: {self._workdir} cannot be written: {error.strerror}; "
+                    "numbers are kept in memory until it can"
+                )
+            return False
+        return True
 
     def _progress(self, step: int, row: dict[str, Any], now: float) -> None:
         if self._first is None:
@@ -185,10 +206,10 @@ def finite(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def rewind(file: Path, step: int) -> float:
-    """Drops the lines of a metrics file that come after a step, in one go.
+    """Drops the lines of a file that come after a step, in one go.
 
     Returns:
-      `seconds` of the last line kept, 0 if there is none.
+      `seconds` of the last line kept that has it, 0 if there is none.
     """
     if not file.exists():
         return 0.0
@@ -201,7 +222,8 @@ def rewind(file: Path, step: int) -> float:
         if row["step"] > step:
             break
         kept.append(line + "\n")
-        seconds = row["seconds"]
+        if "seconds" in row:
+            seconds = row["seconds"]
     replace_text(file, "".join(kept))
     return seconds
 

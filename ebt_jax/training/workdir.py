@@ -15,7 +15,12 @@ from ebt_jax.training.config import Config, differences, from_json, to_json
 # What a run may be continued with. With another number of steps only while the
 # learning rates stay what they were, that is, with the same optim.schedule_steps.
 CHANGEABLE_SECTIONS = ("eval", "mesh", "checkpoint", "log")
-CHANGEABLE_KEYS = ("train.steps",)
+CHANGEABLE_KEYS = (
+    "train.steps",
+    "train.spike_factor",
+    "train.max_skipped",
+    "train.max_rollbacks",
+)
 
 
 def check_workdir(workdir: str | os.PathLike[str]) -> Path:
@@ -44,8 +49,9 @@ def check_workdir(workdir: str | os.PathLike[str]) -> Path:
 def check_config(path: Path, config: Config) -> None:
     """Checks that a workdir is new or holds a run of the same config.
 
-    Sections `eval`, `mesh`, `checkpoint` and `log` may differ, and `train.steps` while
-    `optim.schedule_steps` stays the same.
+    Sections `eval`, `mesh`, `checkpoint` and `log` may differ, what is done about
+    updates that are not finite, and `train.steps` while `optim.schedule_steps` stays
+    the same.
 
     Args:
       path: of `check_workdir`.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from decoding import recomputing
 
-from ebt_jax.interfaces import Objective
 from ebt_jax.data.pipeline import TrainBatches
+from ebt_jax.interfaces import Objective
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.training.config import (
     CheckpointConfig,
@@ -69,8 +69,8 @@ def held_out_batches(batch_size=8, rows=16):
 def bigram(noise=0.0, poison=None):
     """A table of logits with a learnt scale and, where asked for, noise on it.
 
-    `traces` counts how often the loss was traced. Loss and gradient of the batch that
-    holds the sequence `poison` are nan.
+    `traces` counts how often the loss was traced. Loss and gradient of a batch that
+    holds one of the sequences `poison` are nan.
     """
     traces = []
 
@@ -97,7 +97,7 @@ def bigram(noise=0.0, poison=None):
         mean = (nll(params, batch, shift) * batch["weights"]).sum()
         mean = mean / jnp.maximum(tokens, 1.0)
         if poison is not None:
-            poisoned = (batch["index"] == poison).any()
+            poisoned = jnp.isin(batch["index"], jnp.asarray(poison)).any()
             mean = mean * jnp.where(poisoned, jnp.nan, 1.0)
         return mean, {"loss": mean, "nll": mean, "tokens": tokens}
 

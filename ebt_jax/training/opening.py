@@ -1,0 +1,56 @@
+"""The beginning of a run: what is checked first, said first and kept for the next."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from ebt_jax.refine import PyTree
+from ebt_jax.training.config import Config
+from ebt_jax.training.monitor import check_logging
+from ebt_jax.training.sharding import check_batch, make_mesh
+
+
+def check_setup(config: Config) -> Mesh:
+    """The mesh of a run, once what needs neither data nor model is checked.
+
+    Raises:
+      UserError: for devices, batch or logging that cannot be had.
+    """
+    check_logging(config.log)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train, mesh, config.data.context)
+    return mesh
+
+
+def introduction(config: Config, params: PyTree, mesh: Mesh) -> str:
+    """What is going to be trained, on what."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    device = mesh.devices.flat[0]
+    return (
+        f"model    {config.model.kind} {config.model.size}, {count:,} parameters\n"
+        f"data     {config.data.path}, tokenizer {config.data.tokenizer}, "
+        f"{config.train.batch_size} x {config.data.context} tokens per step\n"
+        f"devices  {mesh.size} x {device.device_kind}, jax {jax.__version__}; the "
+        "first step takes longer, it is compiled"
+    )
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache directory, for the next start.
+
+    A cache that is set already, as by JAX_COMPILATION_CACHE_DIR, stays. Where the
+    directory cannot be made, there is no cache: that is no reason to fail.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(root) / "ebt_jax"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
