@@ -40,7 +40,7 @@ def inspect(config: Config) -> str:
       UserError: for a config that could not be trained.
     """
     mesh = make_mesh(config.mesh)
-    check_batch(config.train, mesh)
+    check_batch(config.train, mesh, config.data.context)
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
     objective = build_objective(config)

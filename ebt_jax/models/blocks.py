@@ -78,6 +78,8 @@ class Fused(nn.Module):
         kernel = self.param("kernel", init)
         dtype = _compute(self.config) or jnp.promote_types(x.dtype, kernel.dtype)
         x, kernel = x.astype(dtype), kernel.astype(dtype)
+        if not self.config.fused:  # where features are split, so is each product
+            return [x @ kernel[:, part] for part in range(self.parts)]
         # With the parts on an axis of their own XLA would copy the transposed kernel
         # for the derivative by x, which contracts over two axes then.
         product = jnp.einsum("...d,df->...f", x, kernel.reshape(len(kernel), -1))

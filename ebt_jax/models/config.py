@@ -41,6 +41,7 @@ class ModelConfig:
     remat: str = "none"  # none | dots | full: what each block recomputes backwards
     unroll: int = 6  # up to so many blocks are unrolled, more are scanned
     attention_block: int = 1024  # queries attended at a time; 0: all at once
+    fused: bool = True  # maps of one input as one product; off where mesh.model splits
 
     @property
     def layers(self) -> int:

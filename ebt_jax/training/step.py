@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ebt_jax.interfaces import Batch, Metrics, Objective
 from ebt_jax.refine import PyTree
+from ebt_jax.training import guard
 from ebt_jax.training.optim import Schedule
-from ebt_jax.training.sharding import batch_sharded, replicated
+from ebt_jax.training.sharding import (
+    BATCH_AXES,
+    parameter_specs,
+    replicated,
+    state_shardings,
+    without_batch_axes,
+)
 
 
 class TrainState(NamedTuple):
@@ -22,12 +30,15 @@ class TrainState(NamedTuple):
     Attributes:
       params: a plain nested dict of arrays.
       opt_state: of the optimiser.
-      step: int32 scalar, updates made. With the seed it determines what is drawn next.
+      step: int32 scalar, updates made or left out. With the seed it determines what is
+        drawn next.
+      guard: what is known of the updates so far.
     """
 
     params: PyTree
     opt_state: PyTree
     step: jax.Array
+    guard: guard.Guard
 
 
 def init_state(
@@ -35,7 +46,7 @@ def init_state(
 ) -> TrainState:
     """The state before the first update."""
     params = objective.init(jax.random.fold_in(jax.random.key(seed), 0))
-    return TrainState(params, optimizer.init(params), jnp.int32(0))
+    return TrainState(params, optimizer.init(params), jnp.int32(0), guard.new_guard())
 
 
 def make_step(
@@ -46,6 +57,7 @@ def make_step(
     accumulation: int = 1,
     rates: dict[str, Schedule] | None = None,
     mesh: Mesh | None = None,
+    spike_factor: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled training step.
 
@@ -58,47 +70,132 @@ def make_step(
         nothing but what is drawn.
       rates: schedules to report, name -> schedule; metrics `learning_rate/NAME`.
       mesh: of `sharding.make_mesh`; None leaves everything where it is.
+      spike_factor: see `guard`.
 
     Returns:
       `(state, batch) -> (state, metrics)`. The state is donated: the one passed in is
       gone. The metrics are the objective's, and `gradient_norm` (before clipping),
-      `parameter_norm` (after the update).
+      `parameter_norm` (after the update) and those of `guard.numbers`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), 1)
         key = jax.random.fold_in(key, state.step)
-        gradient, metrics = mean_gradient(
-            objective, state.params, batch, key, accumulation
-        )
+        gradient, metrics = gradient_of(state.params, batch, key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(gradient)
+        good, after = guard.judge(state.guard, metrics["loss"], norm, spike_factor)
+        params, opt_state = guard.chosen(
+            good, (params, opt_state), (state.params, state.opt_state)
+        )
         metrics = {
             **metrics,
-            "gradient_norm": optax.tree.norm(gradient),
+            "gradient_norm": norm,
             "parameter_norm": optax.tree.norm(params),
+            **guard.numbers(after),
+            # The optimiser counts the updates that were made.
             **{
-                f"learning_rate/{name}": rate(state.step)
+                f"learning_rate/{name}": rate(state.guard.made)
                 for name, rate in (rates or {}).items()
             },
         }
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1, after), metrics
 
     if mesh is None:
+        gradient_of = functools.partial(mean_gradient, objective, parts=accumulation)
         return jax.jit(step, donate_argnums=0)
-    everywhere = replicated(mesh)
-    return jax.jit(
-        step,
-        in_shardings=(everywhere, batch_sharded(mesh)),
-        out_shardings=(everywhere, everywhere),
-        donate_argnums=0,
+    gradient_of = functools.partial(
+        global_mean_gradient, objective, mesh=mesh, parts=accumulation
     )
+    state = jax.eval_shape(lambda: init_state(objective, optimizer, seed))
+    shardings = state_shardings(state, mesh)
+    return jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
+
+
+def global_mean_gradient(
+    objective: Objective,
+    params: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    mesh: Mesh,
+    parts: int,
+) -> tuple[PyTree, Metrics]:
+    """`mean_gradient` over the devices of a mesh, and equal to that of one device.
+
+    Without `seq` and `model` each device works alone on the sequences it holds.
+    Parameters are gathered once before that, and gradients are summed once after it, to
+    where their part of a parameter lives: the traffic of a step grows neither with
+    refinement steps nor with accumulation. With them, the compiler splits the work.
+
+    Args:
+      objective: what to differentiate.
+      params: split as `parameter_specs` says.
+      batch: `[batch, ...]`, split over the batch's axes.
+      key: of the draws.
+      mesh: of `sharding.make_mesh`.
+      parts: accumulation.
+    """
+    specs = parameter_specs(params, mesh)
+    batch = {**batch, "row": jnp.arange(len(batch["weights"]))}
+    if mesh.shape["seq"] * mesh.shape["model"] > 1:
+        constrain = lambda x, spec: _constrain(x, spec, mesh)
+        whole = jax.tree.map(constrain, params, specs)
+        gradient, metrics = mean_gradient(objective, whole, batch, key, parts)
+        return jax.tree.map(constrain, gradient, specs), metrics
+
+    def local(params: PyTree, batch: Batch, key: jax.Array) -> Any:
+        whole = jax.tree.map(_gather, params, specs)
+        gradient, metrics = mean_gradient(objective, whole, batch, key, parts)
+        tokens = metrics.pop("tokens")
+        total = jax.lax.psum(tokens, BATCH_AXES)
+        share = tokens / jnp.maximum(total, 1.0)
+        gradient = jax.tree.map(lambda g, s: _scatter(g * share, s), gradient, specs)
+        metrics = {name: share * value for name, value in metrics.items()}
+        return gradient, {**jax.lax.psum(metrics, BATCH_AXES), "tokens": total}
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs, PartitionSpec(BATCH_AXES), PartitionSpec()),
+        out_specs=(specs, PartitionSpec()),
+        check_vma=False,
+    )(params, batch, key)
+
+
+def _constrain(x: jax.Array, spec: PartitionSpec, mesh: Mesh) -> jax.Array:
+    """A parameter or gradient, whole along the batch's axes, for the compiler."""
+    sharding = NamedSharding(mesh, without_batch_axes(spec))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """A parameter, whole along the batch's axes."""
+    for dimension, axis in enumerate(spec):
+        if axis is not None:
+            x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+    return x
+
+
+def _scatter(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The sum over devices of a gradient, split as the parameter is."""
+    for dimension, axis in enumerate(spec):
+        if axis is not None:
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    return jax.lax.psum(x, tuple(axis for axis in BATCH_AXES if axis not in spec))
 
 
 def mean_gradient(
     objective: Objective, params: PyTree, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[PyTree, Metrics]:
     """Gradient and metrics of a batch, taken in parts of equally many sequences.
+
+    Args:
+      objective: what to differentiate.
+      params: its parameters.
+      batch: `[batch, ...]`; with `row` `[batch]` where this is a part of a larger one.
+      key: of the draws.
+      parts: accumulation.
 
     Returns:
       The mean gradient and the mean metrics over all tokens; `tokens` is their number.
@@ -118,7 +215,8 @@ def mean_gradient(
         weighted = jax.tree.map(lambda x: x * tokens, (gradient, metrics))
         return jax.tree.map(jnp.add, total, (*weighted, tokens)), None
 
-    split_batch = jax.tree.map(split, batch)
+    rows = batch["row"] if "row" in batch else jnp.arange(len(batch["weights"]))
+    split_batch = jax.tree.map(split, {**batch, "row": rows // parts})
     keys = jax.random.split(key, parts)
     first = jax.tree.map(lambda x: x[0], split_batch)
     (_, metrics), gradient = jax.eval_shape(differentiate, params, first, keys[0])

@@ -1,0 +1,122 @@
+"""Loss and gradients of one device, on eight in every arrangement, and their traffic."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny import QUICK
+
+from ebt_jax.evaluation.collectives import count_collectives
+from ebt_jax.models.config import ModelConfig
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.training.config import Config, MeshConfig, TrainConfig
+from ebt_jax.training.objective import build_objective
+from ebt_jax.training.sharding import (
+    global_batch,
+    make_mesh,
+    state_shardings,
+    state_target,
+)
+from ebt_jax.training.step import init_state, make_step
+
+BATCH, SEQ, VOCAB = 16, 6, 32
+MODEL = ModelConfig(
+    num_layers=1, num_heads=2, dim=16, vocab_size=VOCAB, num_landscapes=2, unroll=0
+)
+SYSTEM_1 = Config(
+    model=MODEL,
+    refine=RefineSetup(num_steps=2, num_landscapes=2, block=32),
+    train=TrainConfig(accumulation=2),
+)
+SYSTEM_2 = Config(
+    model=dataclasses.replace(MODEL, num_landscapes=1),
+    refine=RefineSetup(
+        num_steps=3,
+        min_steps=2,
+        backprop="truncated",
+        noise_std=3.0,
+        step_size_jitter=2.0,
+        step_size_learnable=False,
+    ),
+    objective=ObjectiveConfig(loss_steps="last"),
+)
+TRANSFORMER = Config(
+    model=dataclasses.replace(MODEL, kind="transformer_pp", num_landscapes=1)
+)
+CONFIGS = {"system 1": SYSTEM_1, "system 2": SYSTEM_2, "transformer": TRANSFORMER}
+MESHES = {
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "model": MeshConfig(data=2, fsdp=2, model=2),
+    "seq": MeshConfig(data=2, seq=2, model=2),
+}
+# Its update is the gradient, so that a compiled step shows that, too.
+OPTIMIZER = optax.sgd(1.0)
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    ids = lambda: rng.integers(VOCAB, size=(BATCH, SEQ)).astype(np.int32)
+    # Devices get different numbers of tokens that count, some none at all.
+    weights = (rng.random((BATCH, SEQ)) < 0.6).astype(np.float32)
+    weights[2:4] = 0
+    return {"tokens": ids(), "targets": ids(), "weights": weights}
+
+
+def step_on(config, mesh):
+    """Metrics and gradients of a compiled step in float64, and its traffic."""
+    with jax.enable_x64(True):
+        objective = build_objective(dataclasses.replace(config, mesh=mesh))
+        plain = objective.init
+        precise = lambda key: jax.tree.map(lambda x: x.astype(float), plain(key))
+        objective = objective._replace(init=precise)
+        mesh = make_mesh(mesh)
+        parts = config.train.accumulation
+        step = make_step(objective, OPTIMIZER, seed=3, accumulation=parts, mesh=mesh)
+        init = lambda: init_state(objective, OPTIMIZER, 3)
+        shapes = jax.eval_shape(init)
+        before = jax.jit(init, out_shardings=state_shardings(shapes, mesh))()
+        rows = global_batch(batch(), mesh, BATCH)
+        lowered = step.lower(state_target(shapes, mesh), rows)
+        compiled = lowered.compile(QUICK)
+        start = jax.device_get(before.params)
+        after, metrics = compiled(before, rows)
+        gradient = jax.tree.map(np.subtract, start, jax.device_get(after.params))
+        return jax.device_get(metrics), gradient, count_collectives(compiled.as_text())
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def on_one_device(request):
+    config = CONFIGS[request.param]
+    return config, *step_on(config, MeshConfig(data=1))[:2]
+
+
+def size_of(gradient):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_equal_one(on_one_device, name):
+    config, metrics, gradient = on_one_device
+    found, other, traffic = step_on(config, MESHES[name])
+    for key, value in metrics.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-6, err_msg=key)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(gradient),
+        jax.tree.leaves(other),
+        strict=True,
+    ):
+        scale = np.abs(a).max()
+        assert np.abs(a - b).max() <= 1e-5 * scale, jax.tree_util.keystr(path)
+    assert np.abs(gradient["embed"]["embedding"]).max() > 0
+
+    size = size_of(gradient)
+    if name == "data":  # gradients, once, however many steps, blocks and parts
+        assert set(traffic) == {"all-reduce"}
+        assert size <= traffic["all-reduce"].bytes <= 1.02 * size
+    if name == "fsdp":  # parameters gathered once, gradients scattered once
+        assert set(traffic) == {"all-gather", "reduce-scatter", "all-reduce"}
+        assert traffic["all-gather"].bytes == traffic["reduce-scatter"].bytes <= size
+        assert sum(kind.bytes for kind in traffic.values()) < 2.5 * size
