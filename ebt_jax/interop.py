@@ -124,7 +124,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"checkpoint {path!r} does not exist or is not a file")
     if file.suffix == ".npz":
-        with np.load(file) as arrays:
+        with file.open("rb") as opened, np.load(opened) as arrays:
             return dict(arrays), {}
     if file.suffix == ".safetensors":
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import os
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -109,6 +111,8 @@ class Saver:
         self._close_manager()
         if problem and error is None:
             raise StorageError(self._message(problem, 1))
+        if problem and not isinstance(error, StorageError):
+            say(f"warning: checkpoint {self._step} could not be saved: {problem}")
 
     def save(
         self,
@@ -160,6 +164,7 @@ class Saver:
             self._attempt(step, items, metrics or {})
             self.wait_until_finished()
         if self._problem is not None:
+            self._clean_up()
             raise StorageError(self._message(self._problem, self._retries + 1))
 
     def failed(self) -> bool:
@@ -190,6 +195,15 @@ class Saver:
         ]
         return max(complete, default=None)
 
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, which a run goes back behind.
+
+        Of several processes all have to call this.
+        """
+        self.wait_until_finished()
+        for later in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(later)
+
     def _attempt(self, step: int, items: Any, metrics: dict[str, float]) -> None:
         self._step, self._pending = step, True
         self._problem = agree(self._start(step, items, metrics))
@@ -202,6 +216,7 @@ class Saver:
             self._manager.save(step, args=items, force=True)
         except _FAILURES as error:
             return _in_one_line(error)
+        self._scores.pop(step, None)  # of a run that went back behind it
         if METRIC in metrics:
             self._scores[step] = metrics[METRIC]
         self._sealing = self._thread.submit(self._seal, step, metrics)
@@ -221,6 +236,8 @@ class Saver:
         try:
             sealing.result()
         except _FAILURES as error:
+            if not self.directory.is_dir():
+                return f"{self.directory} has vanished"
             return _in_one_line(error)
         return None
 
@@ -269,8 +286,11 @@ def _read_scores(path: Path) -> dict[int, float]:
 
 
 def _in_one_line(error: BaseException) -> str:
+    """The cause of a failure, out of what may be pages."""
     if isinstance(error, OSError) and error.strerror:
-        named = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{named}"
+        return error.strerror
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    code = re.search(r"os_error_code='(\d+)'", text)  # as TensorStore says it
+    if code:
+        return os.strerror(int(code[1]))
+    return f"{type(error).__name__}: {text[:200]}"

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import jax
@@ -6,10 +7,10 @@ import numpy as np
 import pytest
 
 from ebt_jax.errors import UserError
-from ebt_jax.training import checkpoint
+from ebt_jax.training import checkpoint, manifest
 from ebt_jax.training.config import Config, resolve, to_json
 from ebt_jax.training.loop import fit
-from ebt_jax.training.workdir import claim_workdir
+from ebt_jax.training.workdir import checkpoint_steps, claim_workdir
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +46,95 @@ def test_parameters_come_back(finished, monkeypatch):
         checkpoint.restore_params(path, step=2)
 
 
-def test_a_half_written_checkpoint_is_passed_over(finished, tmp_path):
+def test_a_half_written_checkpoint_is_passed_over(finished, tmp_path, capsys):
     path = shutil.copytree(finished[0], tmp_path / "run")
     (path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
-    assert checkpoint.latest_step(path) == 6
+    assert checkpoint.latest_step(path) == checkpoint.recover(path) == 6
+    assert not capsys.readouterr().err
+
+
+def damage(path, *steps):
+    """Cuts a file of some checkpoints."""
+    for step in steps:
+        directory = checkpoint.directory_of(path, step)
+        os.truncate(directory / "data" / "metadata", 3)
+
+
+def test_evaluation_takes_the_newest_good_one_and_moves_nothing(
+    finished, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "build_objective", lambda config: finished[2])
+    path = shutil.copytree(finished[0], tmp_path / "run")
+    damage(path, 6)
+    params = checkpoint.restore_params(path)
+    told = capsys.readouterr().err
+    assert "warning: checkpoint 6 is not used: data/metadata has 3 bytes, not" in told
+    older = checkpoint.restore_params(finished[0], 4)
+    assert np.array_equal(params["table"], older["table"])
+    assert checkpoint_steps(path) == [4, 6] and not (path / "damaged").exists()
+    with pytest.raises(UserError, match="no checkpoint in .* is good .6: data/meta"):
+        checkpoint.restore_params(path, 6)
+
+
+def test_if_none_is_good_nothing_is_moved_and_nothing_begins(finished, toy, tmp_path):
+    path = shutil.copytree(finished[0], tmp_path / "run")
+    damage(path, 4, 6)
+    for look in (checkpoint.recover, checkpoint.latest_step):
+        with pytest.raises(UserError) as error:
+            look(path)
+        message = str(error.value)
+        assert "6: data/metadata has 3 bytes" in message
+        assert "4: data/metadata has 3 bytes" in message
+        assert message.endswith(
+            "put back a copy of one, or name another workdir to start over"
+        )
+    assert checkpoint_steps(path) == [4, 6] and not (path / "damaged").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_sealed_starts_over(
+    finished, tmp_path, capsys
+):
+    path = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(checkpoint.directory_of(path, 4))
+    (checkpoint.directory_of(path, 6) / manifest.NAME).unlink()
+    assert checkpoint.recover(path) is None
+    assert "the checkpoint was not finished; moved to" in capsys.readouterr().err
+    assert (path / "damaged" / "6-1" / "state").is_dir()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    finished, toy, tmp_path, capsys, monkeypatch
+):
+    path, config, objective = finished
+    straight = (path / "metrics.jsonl").read_text()
+    again = shutil.copytree(path, tmp_path / "run")
+    damage(again, 6)
+    pieces = toy.tokenizer, toy.training_batches(8), toy.held_out_batches()
+    fit(config, again, objective, *pieces)
+    assert "continuing at step 4" in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "build_objective", lambda config: objective)
+    tables = [checkpoint.restore_params(p, 6)["table"] for p in (path, again)]
+    assert np.array_equal(*tables)
+    assert len((again / "metrics.jsonl").read_text().splitlines()) == len(
+        straight.splitlines()
+    )
+
+
+def test_processes_tell_each_other(monkeypatch):
+    assert checkpoint.agree(None) is None and checkpoint.agree("a") == "a"
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    rows = []
+
+    def gather(mine):
+        rows.append(mine)
+        other = np.zeros_like(mine)
+        other[:3] = np.frombuffer(b"a\nb", np.uint8)
+        return np.stack([mine, other, np.zeros_like(mine)])
+
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
+    assert checkpoint.agree("a") == "a\nb"
+    assert checkpoint.agree(None) == "a\nb"
+    assert checkpoint.agree("é" * 5000) == "é" * 1000 + "\na\nb"
 
 
 @pytest.mark.parametrize(
