@@ -75,9 +75,9 @@ class Records:
         file = int(np.searchsorted(self.ends, index, side="right"))
         place = index - (int(self.ends[file - 1]) if file else 0)
         problem = ""
-        for wait in (0.0, *READ_WAITS):
+        for attempt, wait in enumerate((0.0, *READ_WAITS)):
             try:
-                if wait:
+                if attempt:
                     time.sleep(wait)
                     # A reader that has failed does not recover.
                     reopened = grain.sources.ArrayRecordDataSource(self.paths[file])

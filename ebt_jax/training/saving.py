@@ -212,6 +212,8 @@ class Saver:
         """Starts a save; returns what went wrong in this process."""
         if not self.directory.is_dir():
             return f"{self.directory} has vanished"
+        if set(self._manager.all_steps()) - set(checkpoint_steps(self._path)):
+            self._manager.reload()  # a damaged one was moved aside since
         try:
             self._manager.save(step, args=items, force=True)
         except _FAILURES as error:

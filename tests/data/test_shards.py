@@ -9,7 +9,7 @@ import pytest
 
 from ebt_jax.data import pipeline, prepare, shards, sources, tokenizers
 from ebt_jax.data.config import DataConfig
-from ebt_jax.errors import UserError
+from ebt_jax.errors import StorageError, UserError
 
 BYTES = tokenizers.ByteTokenizer()
 
@@ -192,3 +192,53 @@ def test_shards_of_another_preparation_are_noticed(config, tmp_path):
     broken(output, "tokens-00001.array_record", first)
     with pytest.raises(UserError, match="records, but records.npy names"):
         held_out(dataclasses.replace(config, path=output), "all")
+
+
+@pytest.fixture
+def opened(config, tmp_path, monkeypatch):
+    """A record of the second shard, the shard's path, and all records."""
+    monkeypatch.setattr(shards, "READ_WAITS", (0.0, 0.0))
+    output = tmp_path / "shards"
+    prepare.prepare(config, str(output), shard_tokens=8000, progress=False)
+    prepared = dataclasses.replace(config, path=str(output))
+    records = shards.load(prepared, BYTES, "all").source
+    return int(records.ends[0]), output / "tokens-00001.array_record", records
+
+
+class Flaky:
+    """Records that fail to be read."""
+
+    def __getitem__(self, index):
+        raise RuntimeError("read failed:\n try later")
+
+
+def test_a_shard_that_fails_once_is_opened_and_read_again(opened):
+    index, _, records = opened
+    expected = records[index]
+    records.sources[1] = Flaky()
+    assert records[index] == expected and records[index] == expected
+
+
+def test_a_shard_that_cannot_be_read_is_named(opened, monkeypatch):
+    index, path, records = opened
+    os.rename(path, str(path) + ".away")
+    records.sources[1] = Flaky()
+    with pytest.raises(StorageError) as error:
+        records[index]
+    assert str(error.value) == (
+        f"the shard {path} cannot be read, tried 3 times: No such file or directory; "
+        "give the same command again when it can"
+    )
+    os.rename(str(path) + ".away", path)
+    assert records[index]
+
+
+def test_a_shard_that_is_damaged_is_named(opened):
+    index, path, records = opened
+    size = path.stat().st_size
+    content = bytearray(path.read_bytes())
+    content[100 : size - 100] = bytes(size - 200)
+    path.write_bytes(content)
+    records.sources[1] = Flaky()
+    with pytest.raises(UserError, match=f"the shard {path} is damaged .*; copy it or"):
+        records[index]

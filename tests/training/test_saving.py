@@ -203,6 +203,20 @@ def test_what_a_killed_run_leaves_is_cleared_away(run):
     assert sorted(os.listdir(path / "checkpoints")) == ["1", "3"]
 
 
+def test_a_run_may_go_back_and_a_damaged_checkpoint_be_moved_meanwhile(run):
+    path, config, state = run
+    with Saver(path, CheckpointConfig(keep_latest=3, keep_best=1)) as saver:
+        for step in (1, 2, 3, 4):
+            saver.save(step, state, 0, config, {"eval/nll": 9.0 - step})
+        saver.drop_after(3)
+        (checkpoint.directory_of(path, 3) / "data" / "metadata").write_text("")
+        assert checkpoint.recover(path) == 2
+        for step in (3, 4, 5):
+            saver.save(step, state, 0, config)
+    assert checkpoint_steps(path) == [2, 3, 4, 5]  # 2 is the best of those left
+    assert checkpoint.recover(path) == 5
+
+
 def test_messages_of_tensorstore_are_put_in_a_line():
     pages = ValueError("RESOURCE_EXHAUSTED: \n" + "x " * 500 + "[os_error_code='28']")
     assert saving._in_one_line(pages) == "No space left on device"
