@@ -20,43 +20,51 @@ PIECE = 32  # most tokens that one call makes
 NONE = -1  # stands for the token of a sequence that has stopped
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "samples"))
+@functools.partial(jax.jit, static_argnames=("objective", "samples", "context"))
 def encode(
     params: PyTree,
     tokens: jax.Array,
     lengths: jax.Array,
     objective: Objective,
     samples: int,
+    context: int,
 ) -> PyTree:
     """Encodes sequences once.
 
     Args:
       params: the parameters.
-      tokens: int32 `[batch, context]`, anything behind the end of a sequence.
-      lengths: int32 `[batch]`, at least 1.
+      tokens: int32 `[batch, width]`, anything behind the end of a sequence.
+      lengths: int32 `[batch]`, at least 1 and at most width.
       objective: whose decoder encodes.
       samples: how often each sequence stands in the cache, in a row.
+      context: capacity of the cache, tokens; at least width.
 
     Returns:
       The cache, of batch * samples sequences.
     """
     prefill = decoder_of(objective).prefill
     cache = prefill(params, tokens, lengths)
-    if samples == 1:
-        return cache
-    # A cache is the model's own affair, but its batch axis is the one that grows.
-    more = jax.eval_shape(
-        prefill,
-        params,
-        jax.ShapeDtypeStruct((len(tokens) + 1, tokens.shape[1]), tokens.dtype),
-        jax.ShapeDtypeStruct((len(tokens) + 1,), lengths.dtype),
-    )
+
+    def shapes(batch: int, width: int) -> PyTree:
+        of = jax.ShapeDtypeStruct
+        both = of((batch, width), tokens.dtype), of((batch,), lengths.dtype)
+        return jax.eval_shape(prefill, params, *both)
+
+    # A cache is the model's own affair, but what grows with more sequences is the axis
+    # of the batch, and what a longer sequence needs is room behind a shorter one.
+    def room(x: jax.Array, larger: jax.ShapeDtypeStruct) -> jax.Array:
+        missing = zip(x.shape, larger.shape, strict=True)
+        return jnp.pad(x, [(0, m - n) for n, m in missing])
 
     def repeat(x: jax.Array, larger: jax.ShapeDtypeStruct) -> jax.Array:
         grows = [m > n for n, m in zip(x.shape, larger.shape, strict=True)]
         return jnp.repeat(x, samples, axis=grows.index(True)) if any(grows) else x
 
-    return jax.tree.map(repeat, cache, more)
+    batch = len(tokens)
+    cache = jax.tree.map(room, cache, shapes(batch, context))
+    if samples > 1:
+        cache = jax.tree.map(repeat, cache, shapes(batch + 1, context))
+    return cache
 
 
 @functools.partial(

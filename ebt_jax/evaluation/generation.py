@@ -23,6 +23,7 @@ from ebt_jax.refine import PyTree
 from ebt_jax.thinking import AS_TRAINED, Thinking
 
 STREAMED_PIECE = 4  # tokens made at a time where somebody waits for them
+SHORTEST = 64  # tokens to which shorter prompts are filled up; then powers of two
 
 
 class Codec(Protocol):
@@ -273,11 +274,14 @@ def _prefill(
     objective: Objective,
     samples: int,
 ) -> PyTree:
-    tokens = np.zeros((len(windows), context), np.int32)
+    # Of few widths, since each is compiled.
+    longest = max(map(len, windows))
+    width = min(context, max(SHORTEST, 1 << (longest - 1).bit_length()))
+    tokens = np.zeros((len(windows), width), np.int32)
     for row, window in zip(tokens, windows, strict=True):
         row[: len(window)] = window
     lengths = np.array([len(window) for window in windows], np.int32)
-    return encode(params, tokens, lengths, objective, samples)
+    return encode(params, tokens, lengths, objective, samples, context)
 
 
 def _check(

@@ -61,7 +61,8 @@ def rotation(positions: jax.Array, head_dim: int, dtype: Any) -> jax.Array:
     frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=dtype) / half)
     places = jnp.atleast_2d(positions).astype(dtype)
     angle = jnp.einsum("bs,f->bsf", places, frequency)[:, None]
-    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+    # Without a barrier XLA computes them anew wherever they are read, for every head.
+    return jax.lax.optimization_barrier(jnp.stack([jnp.cos(angle), jnp.sin(angle)]))
 
 
 def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
@@ -121,6 +122,38 @@ def attend(
             total, out = total + weight, out + weight[..., None] * start[1]
         out = out / total[..., None]
     return out.astype(query.dtype)
+
+
+def attend_in_pieces(
+    query: jax.Array, keys: jax.Array, values: jax.Array, visible: Visible, piece: int
+) -> jax.Array:
+    """The same where no query sees a key behind its own place; for forward passes.
+
+    A piece of the queries is scored against the keys up to its end alone, nearly half
+    of all. Every piece is compiled, and derivatives keep all scores: for a few pieces.
+
+    Args:
+      query: `[batch, heads, seq, head_dim]`.
+      keys: like query.
+      values: like query.
+      visible: which keys each query sees, none with a larger index than its own.
+      piece: how many queries at a time.
+
+    Returns:
+      `[batch, heads, seq, head_dim]`.
+    """
+    attended = []
+    for begin in range(0, query.shape[2], piece):
+        end = begin + piece
+        seen = Visible(visible.last[:, begin:end])
+        if visible.segments is not None and visible.of_keys is not None:
+            seen = Visible(
+                seen.last, visible.segments[:, begin:end], visible.of_keys[:, :end]
+            )
+        attended.append(
+            attend(query[:, :, begin:end], keys[:, :, :end], values[:, :, :end], seen)
+        )
+    return jnp.concatenate(attended, axis=2)
 
 
 def _blockwise(

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ebt_jax.models.attention import Visible, attend, rotate
+from ebt_jax.models.attention import Visible, attend, attend_in_pieces, rotate
 from ebt_jax.models.config import ModelConfig
 
 NORM_EPS = 1e-5  # sets the gain on small candidates; the published step sizes need it
@@ -91,9 +91,15 @@ class Block(nn.Module):
 
     A landscape's condition, where there is one, shifts and scales what enters
     attention and feed-forward, and gates what leaves them (adaLN, Peebles & Xie 2023).
+
+    Attributes:
+      config: the model's.
+      piece: for forward passes over a context, see `attend_in_pieces`; 0: as
+        `config.attention_block` says.
     """
 
     config: ModelConfig
+    piece: int = 0
 
     def setup(self) -> None:
         """Declares the parameters."""
@@ -132,10 +138,12 @@ class Block(nn.Module):
         projected = self.qkv(before[0](self.attention_norm(x)))
         query, key, value = (self._heads(part) for part in projected)
         query, own = rotate(query, rotation), (rotate(key, rotation), value)
-        if past is None:
-            attended = attend(query, *own, visible, block=block)
-        else:
+        if past is not None:
             attended = attend(query, *past, visible, own, block)
+        elif self.piece:
+            attended = attend_in_pieces(query, *own, visible, self.piece)
+        else:
+            attended = attend(query, *own, visible, block=block)
         merged = jnp.swapaxes(attended, 1, 2).reshape(x.shape)
         x = x + after[0](self.out(merged))
         return x + after[1](self._mlp(before[1](self.mlp_norm(x)))), own

@@ -11,7 +11,7 @@ through the candidate stream alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -38,7 +38,8 @@ class Context(NamedTuple):
     Attributes:
       keys: `[layers, batch, heads, keys, head_dim]`; where the context depends on the
         landscape `[landscapes, layers, ...]`. With time_embed, keys counts the step
-        token. Of parameters `with_blocks_apart` a list for the layers.
+        token. Of parameters `with_blocks_apart` a list for the layers. Of a cache a
+        tuple for the landscapes, see `cache.Cache`.
       values: like keys.
       rows: index of the token that each candidate continues, the last one it sees;
         `[seq]` or `[batch, seq]`.
@@ -97,7 +98,7 @@ def encode_context(config: ModelConfig, params: PyTree, batch: Batch) -> Context
     `batch["segments"]` and `batch["positions"]` `[batch, seq]`, where there are any,
     keep packed documents apart.
     """
-    x = _embed(config, params, batch["tokens"])
+    x = embed(config, params, batch["tokens"])
     encode = functools.partial(encode_embedded, config, params, x, batch)
     if depends_on_landscape(config):
         keys, values = jax.vmap(encode)(jnp.arange(config.num_landscapes))
@@ -105,7 +106,7 @@ def encode_context(config: ModelConfig, params: PyTree, batch: Batch) -> Context
         keys, values = encode(None)
     rows, positions, segments = _layout(batch)
     anchor = x if config.candidate_input == "anchored" else None
-    ahead = positions + _step_tokens(config) + 1
+    ahead = positions + step_tokens(config) + 1
     return Context(keys, values, rows, ahead, segments, anchor)
 
 
@@ -129,7 +130,7 @@ def encode_embedded(
     step = None
     if landscape is not None:
         step = params["step_embed"]["embedding"][landscape]
-    return _context_stream(config, params, x, positions, segments, step)[1]
+    return context_stream(config, params, x, positions, segments, step)[1]
 
 
 def energy(
@@ -146,10 +147,49 @@ def energy(
     if context.anchor is not None:
         x = x + context.anchor
     past = context.keys, context.values
+    places = context.rows, context.positions, context.segments
+
+    def energies(past: Any, landscape: Any, x: jax.Array) -> jax.Array:
+        return energy_of_embedded(config, params, past, places, x, landscape)
+
+    if isinstance(context.keys, tuple):
+        pasts = enumerate(zip(*past, strict=True))
+        each = [functools.partial(energies, past, number) for number, past in pasts]
+        return _one_of(each, landscape, x)
     if depends_on_landscape(config):
         past = jax.tree.map(lambda a: a[landscape], past)
-    places = context.rows, context.positions, context.segments
-    return energy_of_embedded(config, params, past, places, x, landscape)
+    return energies(past, landscape, x)
+
+
+def _one_of(
+    energies: Sequence[Callable[[jax.Array], jax.Array]],
+    which: jax.Array,
+    x: jax.Array,
+) -> jax.Array:
+    """Energies `[batch, seq]` of x `[batch, seq, dim]` by one of several functions.
+
+    What the others read is not touched, also when this is differentiated, by x, once:
+    the derivative of a `switch` would carry along what each branch may need. As each
+    energy depends on its own x alone, its gradient is known before its cotangent.
+    """
+
+    def with_gradient(of: Callable, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        energy, back = jax.vjp(of, x)
+        return energy, back(jnp.ones_like(energy))[0]
+
+    @jax.custom_vjp
+    def chosen(x: jax.Array) -> jax.Array:
+        return jax.lax.switch(which, energies, x)
+
+    def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        branches = [functools.partial(with_gradient, of) for of in energies]
+        return jax.lax.switch(which, branches, x)
+
+    def backward(gradient: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+        return (cotangent[..., None].astype(gradient.dtype) * gradient,)
+
+    chosen.defvjp(forward, backward)
+    return chosen(x)
 
 
 def candidate_table(config: ModelConfig, params: PyTree) -> jax.Array:
@@ -162,7 +202,7 @@ def candidate_table(config: ModelConfig, params: PyTree) -> jax.Array:
 def candidate_places(config: ModelConfig, batch: Batch, index: jax.Array) -> Any:
     """Rows, rotary positions and segments of candidates `[seq]` of every sequence."""
     _, positions, segments = _layout(batch)
-    return index, positions[..., index] + _step_tokens(config) + 1, segments
+    return index, positions[..., index] + step_tokens(config) + 1, segments
 
 
 def energy_of_embedded(
@@ -187,8 +227,8 @@ def energy_of_embedded(
     condition = None
     if config.conditioning in ("adaln", "adaln_zero"):
         condition = params["step_embed"]["embedding"][landscape]
-    visible = _visible(config, rows, segments)
-    x, _ = _blocks(config, params, x, positions, visible, condition, past)
+    visible = visible_keys(config, rows, segments)
+    x, _ = run_blocks(config, params, x, positions, visible, condition, past)
     x = _apply(_final_norm(config), params, "final_norm", x)
     if condition is not None:
         parts = _apply(
@@ -202,82 +242,10 @@ def energy_of_embedded(
 
 def logits(config: ModelConfig, params: PyTree, batch: Batch) -> jax.Array:
     """Transformer++: next-token logits `[batch, seq, vocab]`, float32."""
-    x = _embed(config, params, batch["tokens"])
+    x = embed(config, params, batch["tokens"])
     _, positions, segments = _layout(batch)
-    x, _ = _context_stream(config, params, x, positions, segments, None)
-    return _output(config, params, x)
-
-
-class Cache(NamedTuple):
-    """Encoded sequences that grow by a token at a time.
-
-    Attributes:
-      keys: as in `Context`. What lies behind the end of a sequence is never seen.
-      values: like keys.
-      lengths: int32 `[batch]`, tokens of each sequence.
-      last: the last token's embedding, or its final hidden state in Transformer++,
-        `[batch, 1, dim]`.
-    """
-
-    keys: PyTree
-    values: PyTree
-    lengths: jax.Array
-    last: jax.Array
-
-
-def prefill(
-    config: ModelConfig, params: PyTree, tokens: jax.Array, lengths: jax.Array
-) -> Cache:
-    """Encodes sequences of several lengths.
-
-    Args:
-      config: the model's.
-      params: its parameters.
-      tokens: int32 `[batch, capacity]`; anything behind the end of a sequence.
-      lengths: int32 `[batch]`, at least 1 each.
-    """
-    x = _embed(config, params, tokens)
-    positions = jnp.arange(tokens.shape[1])
-    stream = functools.partial(_context_stream, config, params, x, positions, None)
-    last = x
-    if depends_on_landscape(config):
-        _, (keys, values) = jax.vmap(stream)(params["step_embed"]["embedding"])
-    else:
-        hidden, (keys, values) = stream(None)
-        last = hidden if config.kind == "transformer_pp" else x
-    index = (lengths - 1)[:, None, None]
-    return Cache(keys, values, lengths, jnp.take_along_axis(last, index, axis=1))
-
-
-def append(
-    config: ModelConfig, params: PyTree, cache: Cache, tokens: jax.Array
-) -> Cache:
-    """Encodes one more token, int32 `[batch]`, of each sequence."""
-    x = _embed(config, params, tokens[:, None])
-    rows = cache.lengths[:, None] - 1
-    visible = _visible(config, rows, None)
-    place = cache.lengths[:, None] + _step_tokens(config)
-
-    def stream(past: Any, step: jax.Array | None) -> Any:
-        condition = None if config.conditioning == "time_embed" else step
-        return _blocks(config, params, x, place, visible, condition, past)
-
-    past = (cache.keys, cache.values)
-    if depends_on_landscape(config):
-        hidden, own = jax.vmap(stream)(past, params["step_embed"]["embedding"])
-    else:
-        hidden, own = stream(past, None)
-    sequences = jnp.arange(tokens.shape[0])
-
-    def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        """Puts keys `[..., batch, heads, 1, head_dim]` behind those of a sequence."""
-        axis = old.ndim - 4
-        index = (slice(None),) * axis + (sequences, slice(None), place[:, 0])
-        return old.at[index].set(jnp.moveaxis(new[..., 0, :], axis, 0))
-
-    keys, values = jax.tree.map(write, past, own)
-    last = hidden if config.kind == "transformer_pp" else x
-    return Cache(keys, values, cache.lengths + 1, last)
+    x, _ = context_stream(config, params, x, positions, segments, None)
+    return output_logits(config, params, x)
 
 
 def with_blocks_apart(config: ModelConfig, params: PyTree) -> PyTree:
@@ -296,28 +264,30 @@ def _apart(stacked: PyTree, parts: int) -> list[PyTree]:
     return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(parts)]
 
 
-def next_context(config: ModelConfig, cache: Cache, samples: int = 1) -> Context:
-    """The context of so many candidates for each sequence, all for its next token."""
-    rows = jnp.broadcast_to(cache.lengths[:, None] - 1, (len(cache.lengths), samples))
-    anchor = cache.last if config.candidate_input == "anchored" else None
-    ahead = rows + _step_tokens(config) + 1
-    return Context(cache.keys, cache.values, rows, ahead, None, anchor)
-
-
-def next_logits(config: ModelConfig, params: PyTree, cache: Cache) -> jax.Array:
-    """Transformer++: logits of the next token, `[batch, 1, vocab]`."""
-    return _output(config, params, cache.last)
-
-
-def _context_stream(
+def context_stream(
     config: ModelConfig,
     params: PyTree,
     x: jax.Array,
     positions: jax.Array,
     segments: jax.Array | None,
     step: jax.Array | None,
+    piece: int = 0,
 ) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
-    """All blocks over x `[batch, seq, dim]`; `step` `[dim]` embeds the landscape."""
+    """All blocks over a context.
+
+    Args:
+      config: the model's.
+      params: its parameters.
+      x: embedded tokens `[batch, seq, dim]`.
+      positions: rotary ones, without a step token, `[seq]` or `[batch, seq]`.
+      segments: as in `Context`.
+      step: the landscape's embedding `[dim]`, or None.
+      piece: as in `Block`.
+
+    Returns:
+      Hidden states `[batch, seq, dim]`, with one before them of the step token where
+      there is one, and keys and values as in `run_blocks`.
+    """
     condition = step
     rows = jnp.arange(x.shape[1])
     if step is not None and config.conditioning == "time_embed":
@@ -327,11 +297,11 @@ def _context_stream(
         first = jnp.zeros_like(positions[..., :1])
         positions = jnp.concatenate([first, positions + 1], axis=-1)
         rows = jnp.concatenate([jnp.array([-1]), rows])  # sees itself, key 0
-    visible = _visible(config, rows, segments)
-    return _blocks(config, params, x, positions, visible, condition)
+    visible = visible_keys(config, rows, segments)
+    return run_blocks(config, params, x, positions, visible, condition, piece=piece)
 
 
-def _blocks(
+def run_blocks(
     config: ModelConfig,
     params: PyTree,
     x: jax.Array,
@@ -339,18 +309,32 @@ def _blocks(
     visible: Visible,
     condition: jax.Array | None,
     past: tuple[PyTree, PyTree] | None = None,
+    piece: int = 0,
 ) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
-    """All blocks, see `Block`. Keys and values are stacked over layers, or lists.
+    """All blocks over `[batch, seq, dim]`.
 
     They are scanned, so that compile time does not grow with their number; few are
     unrolled, which spares slicing weights and stacking residuals.
+
+    Args:
+      config: the model's.
+      params: its parameters.
+      x: `[batch, seq, dim]`.
+      positions: rotary ones, `[seq]` or `[batch, seq]`.
+      visible: which keys each position of x sees.
+      condition: `[dim]` or None.
+      past: keys and values of the blocks as in `Context`, each as in `Block`.
+      piece: as in `Block`.
+
+    Returns:
+      `[batch, seq, dim]`, and keys and values of the blocks, as in `Context`.
     """
     turns = rotation(positions, config.head_dim, x.dtype)
 
     def layer(x: jax.Array, inputs: Any) -> Any:
         weights, past = inputs
-        block = {"params": weights}
-        return Block(config).apply(block, x, turns, visible, condition, past)
+        block = Block(config, piece)
+        return block.apply({"params": weights}, x, turns, visible, condition, past)
 
     scanned = config.layers > config.unroll
     layer = _remat(config, layer, scanned)
@@ -365,7 +349,7 @@ def _blocks(
     return jax.lax.scan(layer, x, (params["blocks"], past), unroll=not scanned)
 
 
-def _visible(
+def visible_keys(
     config: ModelConfig, rows: jax.Array, segments: jax.Array | None
 ) -> Visible:
     """Which keys each row sees: tokens 0..row of its segment, and the step token.
@@ -375,7 +359,7 @@ def _visible(
       rows: `[seq]` or `[batch, seq]`; -1 for the step token itself.
       segments: `[batch, seq]` of the tokens, or None.
     """
-    extra = _step_tokens(config)
+    extra = step_tokens(config)
     last = jnp.atleast_2d(rows) + extra
     if segments is None:
         return Visible(last)
@@ -383,7 +367,8 @@ def _visible(
     return Visible(last, of_keys[:, rows + extra], of_keys)
 
 
-def _step_tokens(config: ModelConfig) -> int:
+def step_tokens(config: ModelConfig) -> int:
+    """How many keys come before that of the first token: 1 or 0."""
     return int(config.kind == "ebt" and config.conditioning == "time_embed")
 
 
@@ -392,7 +377,8 @@ def depends_on_landscape(config: ModelConfig) -> bool:
     return config.kind == "ebt" and config.conditioning != "default"
 
 
-def _output(config: ModelConfig, params: PyTree, x: jax.Array) -> jax.Array:
+def output_logits(config: ModelConfig, params: PyTree, x: jax.Array) -> jax.Array:
+    """Logits `[batch, seq, vocab]`, float32, of hidden states `[batch, seq, dim]`."""
     x = _apply(_final_norm(config), params, "final_norm", x)
     x = _apply(dense(config, config.vocab_size), params, "output", x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -419,7 +405,8 @@ def _remat(config: ModelConfig, layer: Callable, scanned: bool) -> Callable:
     return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
 
 
-def _embed(config: ModelConfig, params: PyTree, tokens: jax.Array) -> jax.Array:
+def embed(config: ModelConfig, params: PyTree, tokens: jax.Array) -> jax.Array:
+    """Embeddings `[batch, seq, dim]` of tokens `[batch, seq]`."""
     return _apply(embedding(config, config.vocab_size), params, "embed", tokens)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ebt_jax.interfaces import Batch, Caching, Categorical, EnergyModel, FeedForward
-from ebt_jax.models import causal
+from ebt_jax.models import cache, causal
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.randomness import normal
 from ebt_jax.refine import PyTree
@@ -39,7 +39,7 @@ def energy_model(config: ModelConfig) -> EnergyModel:
         target=target,
         categorical=_categorical(config),
         caching=_caching(
-            config, lambda params, cache: causal.next_context(config, cache)
+            config, lambda params, encoded: cache.next_context(config, encoded)
         ),
     )
 
@@ -86,17 +86,17 @@ def transformer_pp(config: ModelConfig) -> FeedForward:
         init=functools.partial(causal.init, config),
         predict=functools.partial(causal.logits, config),
         loss=cross_entropy,
-        caching=_caching(config, functools.partial(causal.next_logits, config)),
+        caching=_caching(config, functools.partial(cache.next_logits, config)),
     )
 
 
 def _caching(config: ModelConfig, following: Callable[..., PyTree]) -> Caching:
     return Caching(
         prepare=functools.partial(causal.with_blocks_apart, config),
-        prefill=functools.partial(causal.prefill, config),
-        append=functools.partial(causal.append, config),
+        prefill=functools.partial(cache.prefill, config),
+        append=functools.partial(cache.append, config),
         following=following,
-        length=lambda cache: cache.lengths,
+        length=lambda encoded: encoded.lengths,
     )
 
 

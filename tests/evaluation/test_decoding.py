@@ -122,12 +122,14 @@ def test_a_prediction_stops_when_its_energy_does_not_fall():
 # The loop itself ----------------------------------------------------------------------
 
 
-def start(lengths, samples=1, context=CONTEXT):
+def start(lengths, samples=1, context=CONTEXT, width=None):
     """What `extend` takes."""
     objective, params = trained("time_embed")
-    tokens = np.arange(len(lengths) * context).reshape(-1, context) % VOCAB
+    params = objective.decoder.prepare(params)
+    tokens = np.arange(len(lengths) * context, dtype=np.int32) % VOCAB
+    tokens = tokens.reshape(-1, context)[:, :width]
     lengths = np.array(lengths, np.int32)
-    cache = encode(params, tokens.astype(np.int32), lengths, objective, samples)
+    cache = encode(params, tokens, lengths, objective, samples, context)
     length = np.repeat(lengths, samples)
     return {
         "params": params,
@@ -182,6 +184,26 @@ def test_two_calls_of_the_loop_make_what_one_makes():
     _, whole, *_ = run(given, limit=np.int32(5))
     both = np.concatenate([first[:, :2], second[:, :3]], axis=1)
     np.testing.assert_array_equal(both, whole[:, :5])
+
+
+def test_a_cache_has_room_behind_what_was_encoded():
+    given = start([3, 2], samples=2)
+    short = start([3, 2], samples=2, width=4)
+    leaves = (jax.tree.leaves(which["cache"]) for which in (short, given))
+    for narrow, wide in zip(*leaves, strict=True):
+        assert narrow.shape == wide.shape
+    _, tokens, *_ = run(short, limit=np.int32(5))
+    _, expected, *_ = run(given, limit=np.int32(5))
+    np.testing.assert_array_equal(tokens, expected)
+
+
+def test_nothing_of_a_cache_is_copied():
+    """Neither to read one landscape nor to write a token."""
+    given = start([3, 6], context=400)
+    cache = sum(x.nbytes for x in jax.tree.leaves(given["cache"]))
+    memory = extend.lower(**given).compile().memory_analysis()
+    landscapes, layers, pair = 2, 2, 2
+    assert memory.temp_size_in_bytes < cache / (landscapes * layers * pair)
 
 
 def test_the_cache_stays_where_it_is():

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ebt_jax.models.attention import Visible, attend, rotate, rotation
+from ebt_jax.models.attention import (
+    Visible,
+    attend,
+    attend_in_pieces,
+    rotate,
+    rotation,
+)
 
 BATCH, HEADS, SEQ, KEYS, DIM = 2, 2, 7, 9, 4
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3, 3], [1, 1, 2, 2, 2, 2, 2, 2, 2]])
@@ -56,6 +62,16 @@ def test_attention_to_itself_is_one_more_key(block):
         weights = np.exp(scores - scores.max())
         expected = weights @ v / weights.sum()
         np.testing.assert_allclose(out[b, h, j], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one", "packed"])
+def test_pieces_of_a_sequence_attend_as_the_whole(segments):
+    """With a last piece that is shorter."""
+    query, keys, values = draw(3, BATCH, HEADS, KEYS, DIM)
+    visible = Visible(jnp.arange(KEYS)[None], segments, segments)
+    pieces = attend_in_pieces(query, keys, values, visible, 4)
+    expected = attend(query, keys, values, visible)
+    np.testing.assert_allclose(pieces, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("with_own", [True, False], ids=["own", "shared"])
