@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ebt_jax.errors import UserError
+from ebt_jax.errors import StorageError, UserError
 from ebt_jax.refine import PyTree
 from ebt_jax.training import manifest
 from ebt_jax.training.config import Config
@@ -65,6 +65,7 @@ def recover(path: Path) -> int | None:
 
     Raises:
       UserError: if there are checkpoints and none is good; all are left where they are.
+      StorageError: if a damaged one cannot be moved.
     """
     step, damaged = _newest_good(path, _verify_together)
     unfinished = list(damaged.values()) == [[manifest.UNFINISHED]]
@@ -77,8 +78,7 @@ def recover(path: Path) -> int | None:
             f"{place}"
         )
         if jax.process_index() == 0:
-            place.parent.mkdir(exist_ok=True)
-            directory_of(path, bad).rename(place)
+            _move(directory_of(path, bad), place)
     if damaged and jax.process_count() > 1:
         multihost_utils.sync_global_devices("damaged checkpoints are moved")
     return step
@@ -303,10 +303,7 @@ def _newest_good(
 
 def _verify_together(directory: Path) -> list[str]:
     index, count = jax.process_index(), jax.process_count()
-    try:
-        problems = manifest.verify(directory, share=index, shares=count)
-    except OSError as error:
-        problems = [f"{error.filename} cannot be read: {error.strerror}"]
+    problems = manifest.verify(directory, share=index, shares=count)
     told = agree("\n".join(problems) or None)
     return told.split("\n") if told else []
 
@@ -317,6 +314,17 @@ def _aside(path: Path, step: int) -> Path:
     while (path / "damaged" / f"{step}-{number}").exists():
         number += 1
     return path / "damaged" / f"{step}-{number}"
+
+
+def _move(directory: Path, place: Path) -> None:
+    try:
+        place.parent.mkdir(exist_ok=True)
+        directory.rename(place)
+    except OSError as error:
+        raise StorageError(
+            f"{directory} cannot be moved to {place}: {error.strerror}; make room or "
+            "repair the storage, and give the same command again"
+        ) from error
 
 
 def _in_short(problems: list[str]) -> str:

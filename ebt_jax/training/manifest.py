@@ -14,13 +14,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
 UNFINISHED = f"{NAME} is missing: the checkpoint was not finished"
 FORMAT = "ebt-jax checkpoint manifest 1"
+READ_WAITS = (0.5, 2.0)  # seconds before a file is read again
 THREADS = 4  # that read and hash files at a time
 
 
@@ -110,18 +112,18 @@ def verify(directory: Path, *, share: int = 0, shares: int = 1) -> list[str]:
       shares: how many there are.
 
     Returns:
-      Every damage found, each with the file's name; empty if there is none.
-
-    Raises:
-      OSError: if a file cannot be read.
+      Every damage found, each with the file's name; empty if there is none. A file that
+      cannot be read, also after waiting, is one.
     """
     try:
-        manifest = read(directory)
+        manifest = _patiently(read, directory)
+        found = set(_patiently(list_files, directory))
     except FileNotFoundError:
         return [UNFINISHED]
     except DamagedManifest as error:
         return [str(error)]
-    found = set(list_files(directory))
+    except OSError as error:
+        return [_unreadable(error)]
     known = sorted(manifest.files)
     problems = [f"{name} is missing" for name in known if name not in found]
     problems += [f"{name} is not in {NAME}" for name in sorted(found - set(known))]
@@ -134,12 +136,16 @@ def verify(directory: Path, *, share: int = 0, shares: int = 1) -> list[str]:
             problems.append(f"{name} has {size} bytes, not {expected}")
     if share:
         problems = []
-    mine = whole[share::shares]
-    sums = _in_threads(lambda name: _sum(directory / name)[1], mine)
-    for name, digest in zip(mine, sums, strict=True):
-        if digest != manifest.files[name][1]:
-            problems.append(f"{name} has another content than was saved")
-    return problems
+
+    def compare(name: str) -> str | None:
+        try:
+            digest = _patiently(_sum, directory / name)[1]
+        except OSError as error:
+            return _unreadable(error)
+        intact = digest == manifest.files[name][1]
+        return None if intact else f"{name} has another content than was saved"
+
+    return problems + [p for p in _in_threads(compare, whole[share::shares]) if p]
 
 
 def list_files(directory: Path) -> list[str]:
@@ -170,7 +176,23 @@ def _sum(file: Path) -> tuple[int, str]:
         return opened.tell(), digest
 
 
-def _in_threads(function: Any, names: Sequence[str]) -> list[Any]:
+def _patiently(function: Callable[[Path], Any], path: Path) -> Any:
+    """Reads something; again, a little later, if that fails."""
+    for wait in READ_WAITS:
+        try:
+            return function(path)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(wait)
+    return function(path)
+
+
+def _unreadable(error: OSError) -> str:
+    return f"{error.filename} cannot be read: {error.strerror}"
+
+
+def _in_threads(function: Callable[[str], Any], names: Sequence[str]) -> list[Any]:
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, names))
 

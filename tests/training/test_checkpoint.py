@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ebt_jax.errors import UserError
+from ebt_jax.errors import StorageError, UserError
 from ebt_jax.training import checkpoint, manifest
 from ebt_jax.training.config import Config, resolve, to_json
 from ebt_jax.training.loop import fit
@@ -74,6 +74,15 @@ def test_evaluation_takes_the_newest_good_one_and_moves_nothing(
     assert checkpoint_steps(path) == [4, 6] and not (path / "damaged").exists()
     with pytest.raises(UserError, match="no checkpoint in .* is good .6: data/meta"):
         checkpoint.restore_params(path, 6)
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved(finished, tmp_path):
+    path = shutil.copytree(finished[0], tmp_path / "run")
+    damage(path, 6)
+    (path / "damaged").write_text("in the way")
+    with pytest.raises(StorageError, match="6 cannot be moved to .*: "):
+        checkpoint.recover(path)
+    assert checkpoint_steps(path) == [4, 6]
 
 
 def test_if_none_is_good_nothing_is_moved_and_nothing_begins(finished, toy, tmp_path):

@@ -100,6 +100,22 @@ def test_a_manifest_that_is_damaged_is_told_from_damaged_data(step):
     assert manifest.verify(step) == [manifest.UNFINISHED]
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_file_that_cannot_be_read_is_tried_again(step, monkeypatch, failures):
+    monkeypatch.setattr(manifest, "READ_WAITS", (0.0, 0.0))
+    file, opened, failed = step / every_file(step)[3], manifest.Path.open, []
+
+    def flaky(path, *args, **kwargs):
+        if path == file and len(failed) < failures:
+            failed.append(path)
+            raise OSError(5, "Input/output error", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(manifest.Path, "open", flaky)
+    problem = f"{file} cannot be read: Input/output error"
+    assert manifest.verify(step) == ([problem] if failures == 3 else [])
+
+
 def test_shares_together_find_what_one_finds(step):
     for number, name in enumerate(every_file(step)):
         flip(step / name, 13 * number)
