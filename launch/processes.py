@@ -212,18 +212,15 @@ def verdict(ended: Sequence[int]) -> Outcome:
 def incoming_signals() -> Iterator[queue.SimpleQueue[int]]:
     """Collects SIGINT and SIGTERM, in place of what they do otherwise.
 
-    SIGHUP, when a terminal is closed, becomes SIGTERM; what is ignored, as by nohup,
-    stays so. Nothing is done in the handler, so no process can start unseen beside it.
+    SIGHUP, when a terminal is closed, becomes SIGTERM, unless nohup has it ignored.
+    Nothing is done in the handler, so no process can start unseen beside it.
     """
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     meanings = {number: number for number in (signal.SIGINT, signal.SIGTERM)}
-    meanings[signal.SIGHUP] = signal.SIGTERM
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        meanings[signal.SIGHUP] = signal.SIGTERM
     handler = lambda number, frame: signals.put(meanings[number])
-    before = {
-        number: signal.signal(number, handler)
-        for number in meanings
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
+    before = {number: signal.signal(number, handler) for number in meanings}
     try:
         yield signals
     finally:

@@ -98,7 +98,7 @@ def test_lines_of_other_processes_are_prefixed(capfd):
     assert error.splitlines() == ["[1] d"]
 
 
-def launched(tmp_path, script, processes=2):
+def launched(tmp_path, script, processes=2, before=()):
     """A launcher of that script, started, once each of its processes has begun."""
     ready = tmp_path / "ready"
     ready.mkdir()
@@ -115,7 +115,7 @@ def launched(tmp_path, script, processes=2):
         "sys.exit(supervise(plan, 30.0, 5, 0.0))"
     )
     launcher = subprocess.Popen(
-        [sys.executable, "-c", code, *scripts],
+        [*before, sys.executable, "-c", code, *scripts],
         env=os.environ | {"PYTHONPATH": f"{LAUNCH}:{LAUNCH.parent}"},
         stderr=subprocess.PIPE,
         text=True,
@@ -133,6 +133,16 @@ def test_signals_are_passed_on_to_all(number, tmp_path):
     _, error = launcher.communicate(timeout=20)
     assert launcher.returncode == 75
     assert "starts again" not in error  # it was told to stop
+
+
+def test_nohup_keeps_its_meaning(tmp_path):
+    launcher = launched(tmp_path, "trap 'exit 75' TERM", before=["nohup"])
+    launcher.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=20)
+    assert launcher.returncode == 75
 
 
 def test_the_second_interrupt_kills(tmp_path):
