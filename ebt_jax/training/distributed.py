@@ -29,7 +29,7 @@ from ebt_jax.errors import Stopped, TrainingDiverged, UserError, exit_code, one_
 
 BEAT_SECONDS = 1.0  # between two counts of a process
 GRACE_SECONDS = 5.0  # for others to learn what happened before process 0 is gone
-LEAVING_SECONDS = 20.0  # that a process with an error waits for others to have it, too
+LEAVING_SECONDS = 60.0  # that a process that stops in order waits for the others to
 FINISHING_SECONDS = 1800.0  # that a process waits for others to finish what it has
 _BEATS, _LEFT = "ebt/beat", "ebt/left"
 
@@ -52,7 +52,7 @@ class Processes:
     count: int | None = None
     index: int | None = None
     connect_seconds: int = 300
-    heartbeat_seconds: int = 100
+    heartbeat_seconds: int = 60
 
     def __post_init__(self) -> None:
         given = {
@@ -148,19 +148,20 @@ def _connect(processes: Processes) -> None:
             # Devices are those that the process sees, unless the cluster says more.
             cluster_detection_method=None if processes.detect else "deactivate",
             initialization_timeout=seconds + 60,
-            heartbeat_timeout_seconds=2 * processes.heartbeat_seconds,
+            # Its own way to end is an abort, hence only where ours fails.
+            heartbeat_timeout_seconds=processes.heartbeat_seconds + 60,
             shutdown_timeout_seconds=60,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if processes.detect:
+            raise UserError(
+                "--distributed: neither a TPU pod nor SLURM, Open MPI or Kubernetes "
+                f"says which processes there are ({error}); give --coordinator, "
+                "--num_processes and --process_id"
+            ) from error
         raise UserError(
-            "--distributed found no cluster: neither a TPU pod nor SLURM, Open MPI or "
-            "Kubernetes says which processes there are; give --coordinator, "
-            "--num_processes and --process_id"
-        ) from error
-    except RuntimeError as error:
-        raise UserError(
-            f"process {processes.index} cannot listen at the port of "
-            f"{coordinator or 'the coordinator'}: {error}; name a port that is free"
+            f"process {processes.index} cannot listen at the port of {coordinator}: "
+            f"{error}; name a port that is free"
         ) from error
     finally:
         alarm.cancel()
@@ -213,6 +214,8 @@ class _Peers:
         self._me, self._count = jax.process_index(), jax.process_count()
         self._patience = patience
         self._over = threading.Event()
+        self._leaving: tuple[str, int] | None = None  # our own last line, and exit code
+        self._left: dict[int, tuple[str, float]] = {}  # theirs, and when it was seen
         now = time.monotonic()
         self._seen = {i: ("", now) for i in range(self._count)}  # count, and since when
 
@@ -241,23 +244,26 @@ class _Peers:
         if not ours and not isinstance(error, KeyboardInterrupt):
             self._blame_others()
         line = one_line(error) if ours else f"{type(error).__name__}: {error}"
-        code = exit_code(error)
+        self._leaving = line, exit_code(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             left = f"{_LEFT}/{self._me}"
-            self._store.key_value_set(left, line, allow_overwrite=True)
-            self._meet(f"left with {code}", LEAVING_SECONDS)
+            text = f"{self._leaving[1]} {line}"
+            self._store.key_value_set(left, text, allow_overwrite=True)
+            # Process 0 is the last to go: the others ask it why.
+            seconds = _patience(text) + GRACE_SECONDS * (self._me == 0)
+            self._meet(f"left with {self._leaving[1]}", seconds)
             jax.distributed.shutdown()
             return
         if not ours:
             traceback.print_exception(error)
-        _end(line, code)
+        _end(*self._leaving)
 
     def _meet(self, place: str, seconds: float) -> None:
         self._store.wait_at_barrier(f"ebt/{place}", int(1000 * seconds))
 
     def _blame_others(self) -> None:
         """Ends this process if, within a few beats, another turns out to be lost."""
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = time.monotonic() + 6 * BEAT_SECONDS
         while time.monotonic() < deadline:
             self._look(patience=4 * BEAT_SECONDS)
             time.sleep(BEAT_SECONDS / 2)
@@ -290,19 +296,22 @@ class _Peers:
                 self._seen[index] = (beat, now)
             elif now - self._seen[index][1] > patience:
                 self._lost(index)
-        others = [i for i in range(self._count) if i != self._me]
-        for index in others:
-            reason = left.get(f"{_LEFT}/{index}")
-            if reason is not None and f"{_LEFT}/{self._me}" not in left:
-                if self._over.wait(GRACE_SECONDS):
-                    return  # we left as well, with the same error
-                self._lost(index, f"has ended ({reason})")
+            text = left.get(f"{_LEFT}/{index}")
+            if text is not None and self._leaving is None:
+                _, since = self._left.setdefault(index, (text, now))
+                if now - since > _patience(text):
+                    self._lost(index)
 
     def _check_coordinator(self) -> None:
         if not self._over.is_set() and self._me and not _listens(self._address):
             self._lost(0)
 
-    def _lost(self, index: int, what: str = "died or cannot be reached") -> NoReturn:
+    def _lost(self, index: int) -> NoReturn:
+        if self._leaving is not None:
+            _end(*self._leaving)
+        what = "died or cannot be reached"
+        if index in self._left:
+            what = f"has ended ({self._left[index][0].split(maxsplit=1)[1]})"
         if self._me == 0:
             time.sleep(GRACE_SECONDS)  # without us, the others could not ask who it was
         _end(
@@ -337,6 +346,14 @@ class _Peers:
             yield
         finally:
             library.signal(signal.SIGABRT, before)
+
+
+def _patience(left: str) -> float:
+    """Seconds until a process that has left as `CODE WHY` is not waited for any more.
+
+    What it met in order, such as SIGTERM, the others meet, too; an error they may not.
+    """
+    return GRACE_SECONDS if left.split()[0] in ("1", "2") else LEAVING_SECONDS
 
 
 _ENDING = threading.Lock()

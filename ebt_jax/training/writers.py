@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
-from tensorboardX.summary import scalar
+from typing import Any
 
 from ebt_jax.errors import Stopped
 
-# Made when they are imported, which type checkers do not see.
-Event, SessionLog = (getattr(event_pb2, name) for name in ("Event", "SessionLog"))
+FLUSH_SECONDS = 30.0  # between two moments when TensorBoard's file is on the disk
 
 
 class Lines:
@@ -73,10 +70,21 @@ class TensorBoard:
           directory: is made.
           purge_step: what earlier files hold from this step on is not shown.
         """
+        # Imported where it is asked for: it takes PyTorch along where there is one.
+        from tensorboardX import record_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._make_writer = record_writer.RecordWriter
+        self._scalar: Callable[[str, float], Any] = summary.scalar
+        self._event, log = (
+            getattr(event_pb2, name) for name in ("Event", "SessionLog")
+        )
         self._directory = directory
-        self._writer: EventsWriter | None = None
-        start = SessionLog(status=SessionLog.START)
-        self._waiting = [Event(step=purge_step, session_log=start)]
+        self._writer: Any = None
+        start = log(status=log.START)
+        self._waiting = [self._event(step=purge_step, session_log=start)]
+        self._written: list[Any] = []  # but not flushed
+        self._flushed = 0.0
 
     def write(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """Adds the scalars of a step, after those that are waiting.
@@ -90,23 +98,29 @@ class TensorBoard:
           OSError: if that fails; they wait for the next call, and for another file.
         """
         for name, value in values.items():
-            summary = scalar(name, value)
-            event = Event(wall_time=seconds, step=step, summary=summary)
+            summary = self._scalar(name, value)
+            event = self._event(wall_time=seconds, step=step, summary=summary)
             self._waiting.append(event)
         try:
             if self._writer is None:
                 self._directory.mkdir(exist_ok=True)
-                # Its name is the second and the host's, and this.
-                suffix = f".{os.getpid()}.{step}"
-                prefix = str(self._directory / "events")
-                self._writer = EventsWriter(prefix, suffix)
-            for event in self._waiting:
-                self._writer.write_event(event)
-            self._writer.flush()
+                # TensorBoard reads files of such names, in order.
+                name = f"events.out.tfevents.{seconds:.6f}.{socket.gethostname()}"
+                self._writer = self._make_writer(str(self._directory / name))
+                version = self._event(wall_time=seconds, file_version="brain.Event:2")
+                self._writer.write(version.SerializeToString())
+            while self._waiting:
+                self._writer.write(self._waiting[0].SerializeToString())
+                self._written.append(self._waiting.pop(0))
+            if seconds - self._flushed >= FLUSH_SECONDS:
+                self._writer.flush()  # which waits for the disk
+                self._flushed = seconds
+                self._written.clear()
         except OSError:
+            self._waiting = self._written + self._waiting
+            self._written = []
             self.close()  # it may end in half an event
             raise
-        self._waiting.clear()
 
     def close(self) -> None:
         """Closes the file; what waits is lost."""

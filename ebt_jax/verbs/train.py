@@ -5,7 +5,7 @@ from __future__ import annotations
 from absl import flags
 
 from ebt_jax.command import Flag, Verb
-from ebt_jax.verbs.common import INTEGER, WORKDIR, required
+from ebt_jax.verbs.common import COUNT, INTEGER, POSITIVE, WORKDIR, required
 
 
 def run(values: flags.FlagValues) -> None:
@@ -17,15 +17,28 @@ def run(values: flags.FlagValues) -> None:
         values.config.train.init_from = values.init_from
 
     from ebt_jax.training.config import from_config_dict
+    from ebt_jax.training.distributed import Processes, running
     from ebt_jax.training.loop import train
 
-    train(from_config_dict(values.config), workdir, values.resume_from or "")
+    config = from_config_dict(values.config)
+    processes = Processes(
+        detect=values.distributed,
+        coordinator=values.coordinator,
+        count=values.num_processes,
+        index=values.process_id,
+        connect_seconds=values.connect_seconds,
+        heartbeat_seconds=values.heartbeat_seconds,
+    )
+    with running(processes):
+        train(config, workdir, values.resume_from or "")
 
 
 VERB = Verb(
     summary="train a model, or continue a run that was stopped",
     details="The workdir gets config.json, metrics.jsonl, checkpoints, plots and a "
-    "text sample.\nThe same command continues a run at its newest checkpoint.",
+    "text sample.\nThe same command continues a run at its newest checkpoint.\n"
+    "Exit code 0: done, 2: a mistake, 3: diverged, 75: stopped by SIGTERM, a lost\n"
+    "process or storage, to be started again; 130: Ctrl-C, which saves, too.",
     example="ebt train --config=experiments/text.py:quickstart --workdir=runs/a",
     call=run,
     flags=(
@@ -36,6 +49,22 @@ VERB = Verb(
         ),
         Flag(
             "resume_from", "WORKDIR[@STEP] whose whole state a new workdir begins with"
+        ),
+        Flag(
+            "distributed",
+            "several processes, as TPU pod, SLURM, Open MPI or Kubernetes say",
+            False,
+            flags.DEFINE_boolean,
+        ),
+        Flag("coordinator", "several processes: HOST:PORT of the first"),
+        Flag("num_processes", "several processes: how many", None, POSITIVE),
+        Flag("process_id", "several processes: which this is, from 0", None, COUNT),
+        Flag("connect_seconds", "until all processes have to be there", 300, POSITIVE),
+        Flag(
+            "heartbeat_seconds",
+            "without a sign of life, until a process counts as dead",
+            60,
+            POSITIVE,
         ),
     ),
     config="required",
