@@ -105,3 +105,16 @@ def test_mistakes_are_one_line(path, toy, tmp_path, capsys, flags, message):
     assert ebt(["checkpoints", *flags]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and message in told and told.count("\n") == 1
+
+
+def test_a_format_without_its_library(path, tmp_path, capsys, monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr("ebt_jax.training.export.importlib.import_module", missing)
+    out = tmp_path / "x.safetensors"
+    assert ebt(["checkpoints", "export", f"--workdir={path}", f"--out={out}"]) == 2
+    assert (
+        "needs `pip install 'ebt-jax[torch]'`; or give .npz" in capsys.readouterr().err
+    )
+    assert not out.exists()
