@@ -299,8 +299,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The sequences of a batch that this process's devices hold, in rising order."""
     places = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,))
     rows: set[int] = set()
-    for (part,) in places.values():
-        rows.update(range(*part.indices(batch_size)))
+    for index in places.values():
+        assert index is not None  # no device is left out of a mesh's sharding
+        rows.update(range(*index[0].indices(batch_size)))
     return sorted(rows)
 
 
@@ -327,7 +328,7 @@ def global_batch(
     def put(values: np.ndarray) -> jax.Array:
         sharding = batch_sharding(mesh, values.ndim) if shares else replicated(mesh)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(size)
             here = slice(place[first], place[last - 1] + 1)
             return values[(here, *index[1:])]

@@ -1,4 +1,4 @@
-"""Loss and gradients of one device, on eight in every arrangement, and their traffic."""
+"""Loss and gradients of one device, on eight in every arrangement; their traffic."""
 
 import dataclasses
 
