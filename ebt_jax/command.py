@@ -64,13 +64,14 @@ class Verb(NamedTuple):
 
 def overview(verbs: dict[str, Verb]) -> str:
     """What `ebt` is and which verbs it has."""
+    width = max(map(len, verbs)) + 2
     return "\n".join(
         [
             "Energy-Based Transformers: learn an energy, predict by lowering it.",
             "",
             "usage: ebt VERB --flag=value ...",
             "",
-            *(f"  {name:<10}{verb.summary}" for name, verb in verbs.items()),
+            *(f"  {name:<{width}}{verb.summary}" for name, verb in verbs.items()),
             "",
             "`ebt VERB --help` lists the flags of a verb. To begin with:",
             "",
