@@ -1,14 +1,15 @@
 import json
 import math
 import os
-import shutil
 import signal
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ebt_jax.errors import Stopped, TrainingDiverged, UserError
+from ebt_jax import cli
+from ebt_jax.errors import Stopped, StorageError, TrainingDiverged, UserError
 from ebt_jax.training import checkpoint, guard
 from ebt_jax.training.config import TrainConfig
 from ebt_jax.training.loop import fit
@@ -219,7 +220,33 @@ def test_a_second_ctrl_c_ends_at_once(toy, tmp_path):
 
 def test_a_workdir_that_vanishes_is_not_made_again(toy, tmp_path):
     path = tmp_path / "run"
-    vanish = lambda: shutil.rmtree(path)
+    vanish = lambda: path.rename(tmp_path / "elsewhere")  # as if it was unmounted
     with pytest.raises(Stopped, match="the workdir .* has vanished: it is not there"):
         run(toy, path, batches=Acting(toy.training_batches(8), 7, vanish))
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UserError("a\nb"), 2, "error: a b"),
+        (TrainingDiverged("x"), 3, "error: x"),
+        (Stopped("x"), 75, "stopped: x"),
+        (Stopped("x", 130), 130, "stopped: x"),
+        (StorageError("x"), 75, "error: x"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, error, code, line):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("ebt_jax.cli.usage", fail)
+    assert cli.run(["train", "--help"]) == code
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_flags_of_several_processes_reach_them(capsys):
+    config = Path(__file__).parents[2] / "experiments" / "text.py"
+    command = ["train", f"--config={config}:quickstart", "--workdir=w"]
+    assert cli.run([*command, "--coordinator=a:1"]) == 2
+    assert "error: --num_processes is missing" in capsys.readouterr().err
