@@ -219,11 +219,15 @@ def test_a_second_ctrl_c_ends_at_once(toy, tmp_path):
 
 
 def test_a_workdir_that_vanishes_is_not_made_again(toy, tmp_path):
-    path = tmp_path / "run"
+    path, never = tmp_path / "run", {"every": 0}
     vanish = lambda: path.rename(tmp_path / "elsewhere")  # as if it was unmounted
+    batches = Acting(toy.training_batches(8), 7, vanish)
     with pytest.raises(Stopped, match="the workdir .* has vanished: it is not there"):
-        run(toy, path, batches=Acting(toy.training_batches(8), 7, vanish))
+        run(toy, path, batches=batches, checkpoint=never)
     assert not path.exists()
+    (tmp_path / "elsewhere").rename(path)
+    run(toy, path, checkpoint=never)  # it is back
+    assert [row["step"] for row in lines(path)] == list(range(1, 13))
 
 
 @pytest.mark.parametrize(
