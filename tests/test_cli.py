@@ -166,7 +166,7 @@ def test_mistakes(fails, tmp_path, monkeypatch, argv, message):
         (["--config.model.size=huge"], "model.size is 'huge'"),
         (["--config.model.num_heads=3"], "3 heads do not divide width 8"),
         (["--config.train.accumulation=3"], "train.accumulation (3) does not divide"),
-        (["--config.mesh.data=9"], "mesh.data is 9"),
+        (["--config.mesh.data=9"], "takes 9 devices, but there are 8"),
         (["--config.data.path=nowhere.txt"], "there is no file 'nowhere.txt'"),
         (["--config.data.tokenizer=nowhere.json"], "nowhere.json"),
         (["--config.data.context=5000"], "data.context is 5000"),

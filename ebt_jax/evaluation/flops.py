@@ -186,9 +186,18 @@ def _count(jaxpr: jax.extend.core.Jaxpr) -> float:
         if equation.primitive.name == "cond":
             total += max(inner)
         else:
-            repeats = params["length"] if equation.primitive.name == "scan" else 1
-            total += repeats * sum(inner)
+            total += _repeats(equation) * sum(inner)
     return total
+
+
+def _repeats(equation: Any) -> int:
+    """How often the programs within an equation run, over all devices."""
+    params = equation.params
+    if equation.primitive.name == "scan":
+        return params["length"]
+    if equation.primitive.name == "shard_map":  # its program is that of one device
+        return params["mesh"].size
+    return 1
 
 
 def _shape(value: Any) -> tuple[int, ...]:

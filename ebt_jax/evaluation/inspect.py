@@ -1,6 +1,7 @@
-"""What a config costs, without running it: parameters, FLOPs, memory.
+"""What a config costs, without running it: parameters, FLOPs, memory, communication.
 
-The training step is traced and compiled from shapes alone; no array is made.
+The training step is traced and compiled from shapes alone; no array is made, and the
+devices may be simulated.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ebt_jax.data import tokenizers
 from ebt_jax.evaluation.flops import (
@@ -19,19 +21,29 @@ from ebt_jax.evaluation.flops import (
     count_parameters,
     formula,
 )
+from ebt_jax.evaluation.planning import communication_table, memory_table
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config, resolve
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
-from ebt_jax.training.sharding import check_batch, make_mesh
+from ebt_jax.training.sharding import (
+    batch_parts,
+    batch_sharding,
+    check_batch,
+    left_whole,
+    make_mesh,
+    parameter_specs,
+    state_target,
+)
 from ebt_jax.training.step import init_state, make_step
 
 
-def inspect(config: Config) -> str:
-    """Describes a run: its parameters, its training step's FLOPs and memory.
+def inspect(config: Config, memory_gib: float = 0) -> str:
+    """Describes a run: parameters, and its step's FLOPs, memory and communication.
 
     Args:
       config: of the run, resolved or not. Its tokenizer is loaded, its data is not.
+      memory_gib: of a device, to be told whether it is enough; 0 not to be.
 
     Returns:
       Text of several lines.
@@ -46,7 +58,8 @@ def inspect(config: Config) -> str:
     objective = build_objective(config)
     params = jax.eval_shape(objective.init, jax.random.key(0))
     optimizer = make_optimizer(config.optim, config.refine, params)
-    state = jax.eval_shape(lambda: init_state(objective, optimizer, config.train.seed))
+    init = lambda: init_state(objective, optimizer, config.train.seed)
+    state = state_target(jax.eval_shape(init), mesh)
     step = make_step(
         objective,
         optimizer,
@@ -54,56 +67,73 @@ def inspect(config: Config) -> str:
         accumulation=config.train.accumulation,
         mesh=mesh,
     )
-    traced = step.trace(state, batch_shapes(config))
+    traced = step.trace(state, batch_shapes(config, mesh))
     compiled = traced.lower().compile()
     rows, length, devices = config.train.batch_size, config.data.context, mesh.size
     return "\n\n".join(
         [
-            parameter_table(params),
+            parameter_table(params, mesh),
             f"mesh     {_named(mesh.shape)} ({mesh.devices.flat[0].platform})\n"
             f"batch    {rows} x {length} = {rows * length:,} tokens, "
-            f"{rows // devices} sequences per device",
+            f"{rows // batch_parts(mesh)} sequences per device",
             _flops(config, params, traced.jaxpr, compiled, devices),
-            _memory(compiled),
+            memory_table(config, state, mesh, compiled, memory_gib),
+            communication_table(compiled.as_text(), params),
         ]
     )
 
 
-def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a training batch: arrays `[batch, seq]`, and `index` `[batch]`."""
+def batch_shapes(
+    config: Config, mesh: Mesh | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a training batch: arrays `[batch, seq]`, and `index` `[batch]`.
+
+    Args:
+      config: of the run.
+      mesh: that the batch is split over; None to leave that open.
+    """
     rows, length = config.train.batch_size, config.data.context
-    names = ["tokens", "targets"]
+    dtypes: dict[str, Any] = {"tokens": jnp.int32, "targets": jnp.int32}
     if config.data.packing == "first_fit":
-        names += ["segments", "positions"]
-    shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
-    shapes["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-    shapes["index"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    return shapes
+        dtypes |= {"segments": jnp.int32, "positions": jnp.int32}
+    dtypes |= {"weights": jnp.float32, "index": jnp.int32}
+
+    def shape(name: str) -> jax.ShapeDtypeStruct:
+        sizes = (rows,) if name == "index" else (rows, length)
+        sharding = None if mesh is None else batch_sharding(mesh, len(sizes))
+        return jax.ShapeDtypeStruct(sizes, dtypes[name], sharding=sharding)
+
+    return {name: shape(name) for name in dtypes}
 
 
-def parameter_table(params: PyTree) -> str:
-    """One line for each parameter: path, shape, count, MB; and the totals.
+def parameter_table(params: PyTree, mesh: Mesh) -> str:
+    """One line for each parameter: path, shape, how it is split, count, MB; totals.
 
     Args:
       params: parameters, or their shapes.
+      mesh: that they are split over.
     """
-    rows = [("parameter", "shape", "count", "MB")]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    rows = [("parameter", "shape", "split", "count", "MB")]
+    specs = jax.tree.leaves(parameter_specs(params, mesh))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), spec in zip(leaves, specs, strict=True):
         size = math.prod(leaf.shape)
         shape = " x ".join(map(str, leaf.shape)) or "scalar"
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rows.append(
-            (name, shape, f"{size:,}", f"{size * leaf.dtype.itemsize / 1e6:.2f}")
-        )
+        split = " ".join(axis or "-" for axis in spec)
+        megabytes = f"{size * leaf.dtype.itemsize / 1e6:.2f}"
+        rows.append((name, shape, split, f"{size:,}", megabytes))
     total, inner = count_parameters(params), count_non_embedding(params)
+    if not any(row[2] for row in rows[1:]):
+        rows = [(name, shape, "", *rest) for name, shape, _, *rest in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = [
-        f"{name:<{widths[0]}}  {shape:<{widths[1]}}  "
-        f"{count:>{widths[2]}}  {size:>{widths[3]}}"
-        for name, shape, count, size in rows
+        f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {split:<{widths[2]}}  "
+        f"{count:>{widths[3]}}  {size:>{widths[4]}}"
+        for name, shape, split, count, size in rows
     ]
     table += ["", f"total {total:,} parameters, {inner:,} of them non-embedding"]
-    return "\n".join(table)
+    return "\n".join(table + left_whole(params, mesh))
 
 
 def _flops(
@@ -125,34 +155,6 @@ def _flops(
             "loop's body once, and layers and refinement steps are loops"
         )
     return "\n".join(lines)
-
-
-def _memory(compiled: Any) -> str:
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return "memory   this backend does not tell"
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-    return "\n".join(
-        [
-            "memory of the compiled training step, per device",
-            f"  arguments    {_size(memory.argument_size_in_bytes)}  state and batch",
-            f"  outputs      {_size(memory.output_size_in_bytes)}  of which "
-            f"{_size(memory.alias_size_in_bytes).strip()} in place of arguments",
-            f"  temporaries  {_size(memory.temp_size_in_bytes)}",
-            f"  together     {_size(peak)}",
-        ]
-    )
-
-
-def _size(count: int) -> str:
-    if count < 2**30:
-        return f"{count / 2**20:>8.1f} MiB"
-    return f"{count / 2**30:>8.1f} GiB"
 
 
 def _named(shape: Any) -> str:

@@ -12,7 +12,8 @@ from ebt_jax.evaluation.inspect import (
     parameter_table,
 )
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.training.config import Config, TrainConfig
+from ebt_jax.training.config import Config, MeshConfig, TrainConfig
+from ebt_jax.training.sharding import make_mesh
 
 TINY = Config(
     model=ModelConfig(num_layers=2, num_heads=1, dim=16),
@@ -27,7 +28,7 @@ def test_parameters_are_listed_with_their_totals():
         "blocks": {"kernel": jnp.zeros((2, 3, 3))},
         "step_size": jnp.float32(0),
     }
-    table = parameter_table(params)
+    table = parameter_table(params, make_mesh(MeshConfig()))
     row = next(line for line in table.splitlines() if "blocks/kernel" in line)
     assert row.split() == ["blocks/kernel", "2", "x", "3", "x", "3", "18", "0.00"]
     assert "total 40 parameters, 19 of them non-embedding" in table
@@ -56,12 +57,14 @@ def test_inspect_tells_parameters_flops_memory_and_mesh():
     for part in (
         "blocks/down/kernel",
         "non-embedding",
-        "data=8 (cpu)",
+        "data=8, fsdp=1, seq=1, model=1 (cpu)",
         "8 x 8 = 64 tokens, 1 sequences per device",
         "matrix multiplications",
         "by formula",
         "a loop's body once",
         "temporaries",
         "MiB",
+        "bytes per device",
+        "all-reduce",
     ):
         assert part in text

@@ -158,7 +158,7 @@ def test_data_that_ends(toy, tmp_path):
 @pytest.mark.parametrize(
     "sections, message",
     [
-        ({"mesh": {"data": 64}}, "mesh.data is 64"),
+        ({"mesh": {"data": 64}}, "takes 64 devices, but there are 8"),
         ({"train": {"batch_size": 9}}, "train.batch_size is 9"),
         ({"log": {"wandb_project": "p"}}, "wandb"),
     ],
