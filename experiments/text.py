@@ -29,15 +29,16 @@ one seed each:
         --config.data.path=input.txt --config.train.seed=SEED
 
     WORDS            seeds                  mean     published code
-    s1               2.004  1.960  2.073    2.012    2.049
-    s1,step_size=5   2.020  1.966  1.979    1.988    2.020
-    anchored         1.789  1.775  1.772    1.779    -
-    transformer_pp   1.762  1.762  1.769    1.764    1.783
+    s1               2.021  1.980  2.004    2.002    2.049
+    s1,step_size=5   1.987  1.983  2.008    1.993    2.020
+    anchored         1.775  1.757  1.762    1.765    -
+    transformer_pp   1.778  1.771  1.770    1.773    1.783
 
-So at equal tokens the published form trails Transformer++ by 0.2 nats and anchored
-candidates by 0.015, at about 4.5 times the time per step. The second refinement step
-does not pay there: anchored candidates are at 1.773 after the first. 1,000 steps of 4xs
-are 2 million bytes; nothing follows from them for larger models or more text.
+So at equal tokens the published form trails Transformer++ by 0.2 nats, and anchored
+candidates are level with it, at 3.9 times the time per step: other draws of the same
+seeds gave 1.779 (1.772 to 1.789) and 1.764. The second refinement step does not pay
+there: anchored candidates are 0.01 better after the first. 1,000 steps of 4xs are 2
+million bytes; nothing follows from them for larger models or more text.
 
 The published runs read 256 x 256 tokens of RedPajama with the GPT-NeoX tokenizer for a
 million steps: give `--config.data.path` and `--config.data.tokenizer`.

@@ -52,7 +52,7 @@ VERB = Verb(
         ),
         Flag(
             "distributed",
-            "several processes, as TPU pod, SLURM, Open MPI or Kubernetes say",
+            "processes as TPU pod, SLURM, MPI or GKE have them",
             False,
             flags.DEFINE_boolean,
         ),
@@ -62,7 +62,7 @@ VERB = Verb(
         Flag("connect_seconds", "until all processes have to be there", 300, POSITIVE),
         Flag(
             "heartbeat_seconds",
-            "without a sign of life, until a process counts as dead",
+            "of silence until a process counts as dead",
             60,
             POSITIVE,
         ),
