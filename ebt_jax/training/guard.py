@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from ebt_jax.interfaces import Metrics
-from ebt_jax.refine import PyTree
 
 MEMORY = 100  # updates that the running mean of the norm goes back, about
 SETTLED = 20  # updates made before a norm can count as a spike
@@ -70,11 +69,6 @@ def judge(
         made=made,
         mean_norm=guard.mean_norm + jnp.where(good, change, 0.0),
     )
-
-
-def chosen(good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """The new arrays after a good update, else the old ones."""
-    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
 def numbers(guard: Guard) -> Metrics:

@@ -82,12 +82,18 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), 1)
         key = jax.random.fold_in(key, state.step)
         gradient, metrics = gradient_of(state.params, batch, key)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradient)
         good, after = guard.judge(state.guard, metrics["loss"], norm, spike_factor)
-        params, opt_state = guard.chosen(
-            good, (params, opt_state), (state.params, state.opt_state)
+
+        def update() -> tuple[PyTree, PyTree]:
+            updates, opt_state = optimizer.update(
+                gradient, state.opt_state, state.params
+            )
+            return optax.apply_updates(state.params, updates), opt_state
+
+        # Choosing between new and old arrays would keep both; a branch works in place.
+        params, opt_state = jax.lax.cond(
+            good, update, lambda: (state.params, state.opt_state)
         )
         metrics = {
             **metrics,
