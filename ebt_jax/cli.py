@@ -11,8 +11,11 @@ Verbs import what they need when they run: JAX and its libraries take seconds, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+from typing import NoReturn
 
 from absl import flags
 
@@ -48,7 +51,7 @@ VERBS = {
 def main() -> None:
     """Entry point of the console script `ebt`."""
     _with_large_pages()
-    sys.exit(run(sys.argv[1:]))
+    _end(run(sys.argv[1:]))
 
 
 def run(argv: list[str]) -> int:
@@ -97,6 +100,21 @@ def _with_large_pages() -> None:
         return
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process, whoever still waits for what.
+
+    A save that failed leaves threads in which Orbax waits for it, for minutes; Python
+    would wait for those. Whatever was started has been closed by now.
+    """
+    others = (t for t in threading.enumerate() if t is not threading.main_thread())
+    if all(thread.daemon for thread in others):
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # as of a pipe that nobody reads any more
+            stream.flush()
+    os._exit(code)
 
 
 def _fail(error: Exception) -> int:

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from ebt_jax.training.monitor import rewind
 from ebt_jax.training.sharding import NumpyBatch
+from ebt_jax.training.writers import Lines, check_there
 
 
 @contextlib.contextmanager
@@ -21,7 +22,8 @@ def example_log(
     """Opens `examples-PROCESS.jsonl`: one `{"step": ..., "ids": [...]}` per update.
 
     Lines of a run that went on after its last checkpoint are dropped when it is
-    continued, those of processes that are no longer there as well.
+    continued, those of processes that are no longer there as well. While the file
+    cannot be written, as on a full disk, lines are kept in memory.
 
     Args:
       path: the workdir.
@@ -40,10 +42,17 @@ def example_log(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("lists of examples are rewound")
     name = f"examples-{jax.process_index()}.jsonl"
-    with (path / name).open("a", buffering=1) as lines:
+    lines = Lines(path / name)
 
-        def write(step: int, batch: NumpyBatch) -> None:
-            ids = batch["index"].tolist()
-            lines.write(json.dumps({"step": step, "ids": ids}) + "\n")
+    def write(step: int, batch: NumpyBatch) -> None:
+        check_there(path)
+        with contextlib.suppress(
+            OSError
+        ):  # it waits; metrics or a checkpoint will tell
+            lines.write(json.dumps({"step": step, "ids": batch["index"].tolist()}))
 
+    try:
         yield write
+    finally:
+        with contextlib.suppress(OSError):
+            lines.flush()

@@ -50,6 +50,7 @@ from ebt_jax.training.step import TrainState, init_state, make_step
 from ebt_jax.training.timing import Stopwatch, flops_per_update
 from ebt_jax.training.watch import Watch
 from ebt_jax.training.workdir import check_config, check_workdir, claim_workdir
+from ebt_jax.training.writers import storage_explained
 
 
 def train(config: Config, workdir: str, resume_from: str = "") -> dict[str, float]:
@@ -97,6 +98,7 @@ def train(config: Config, workdir: str, resume_from: str = "") -> dict[str, floa
         return fit(config, path, objective, tokenizer, batches, held_out, resume_from)
 
 
+@storage_explained()
 def fit(
     config: Config,
     path: Path,
@@ -123,6 +125,7 @@ def fit(
 
     Raises:
       UserError, TrainingDiverged, Stopped: as `train`.
+      StorageError: if files cannot be read or written, also after trying again.
     """
     # Orbax tells of every save, and of a failure in pages; `Saver` says it in a line.
     logging.set_verbosity(logging.FATAL)

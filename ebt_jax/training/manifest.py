@@ -9,6 +9,7 @@ and it holds a sum of itself, hence a damaged manifest is told from damaged data
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -73,7 +74,8 @@ def write(directory: Path, *, saved: float, metrics: dict[str, float]) -> Manife
             os.fsync(file.fileno())
         os.replace(temporary, directory / NAME)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     return manifest
 

@@ -5,6 +5,7 @@ A workdir holds `config.json`, the resolved config of the run, and what the run 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -138,7 +139,8 @@ def replace_text(file: Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, file)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ebt_jax.errors import Stopped
+from ebt_jax.errors import Stopped, StorageError
 
 FLUSH_SECONDS = 30.0  # between two moments when TensorBoard's file is on the disk
 
@@ -128,6 +128,23 @@ class TensorBoard:
         if writer is not None:
             with contextlib.suppress(OSError):
                 writer.close()
+
+
+@contextlib.contextmanager
+def storage_explained() -> Iterator[None]:
+    """Around what reads and writes files: their failure can be mended, and is told so.
+
+    Raises:
+      StorageError: in place of an `OSError` that nobody has explained before.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or 'a file'} cannot be read or written: "
+            f"{error.strerror or error}; make room or repair the storage, and give the "
+            "same command again"
+        ) from error
 
 
 def check_there(path: Path) -> None:
