@@ -11,18 +11,19 @@ from jax.sharding import Mesh
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config
 from ebt_jax.training.monitor import check_logging
-from ebt_jax.training.sharding import check_batch, make_mesh
+from ebt_jax.training.sharding import check_batch, check_replay, left_whole, make_mesh
 
 
 def check_setup(config: Config) -> Mesh:
     """The mesh of a run, once what needs neither data nor model is checked.
 
     Raises:
-      UserError: for devices, batch or logging that cannot be had.
+      UserError: for devices, batch, replay or logging that cannot be had.
     """
     check_logging(config.log)
     mesh = make_mesh(config.mesh)
     check_batch(config.train, mesh, config.data.context)
+    check_replay(config.replay, config.train, mesh)
     return mesh
 
 
@@ -30,13 +31,16 @@ def introduction(config: Config, params: PyTree, mesh: Mesh) -> str:
     """What is going to be trained, on what."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     device = mesh.devices.flat[0]
-    return (
+    axes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+    arranged = f" ({', '.join(axes)})" if axes else ""
+    text = (
         f"model    {config.model.kind} {config.model.size}, {count:,} parameters\n"
         f"data     {config.data.path}, tokenizer {config.data.tokenizer}, "
         f"{config.train.batch_size} x {config.data.context} tokens per step\n"
-        f"devices  {mesh.size} x {device.device_kind}, jax {jax.__version__}; the "
-        "first step takes longer, it is compiled"
+        f"devices  {mesh.size} x {device.device_kind}{arranged}, jax "
+        f"{jax.__version__}; the first step takes longer, it is compiled"
     )
+    return "\n".join([text, *(f"warning: {line}" for line in left_whole(params, mesh))])
 
 
 def enable_compilation_cache() -> None:
