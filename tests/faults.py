@@ -96,16 +96,18 @@ def run(lab: Lab, names: Sequence[str]) -> tuple[list[dict], dict[str, str]]:
     """
     trials, left_out = [], {}
     for name in names:
-        began = time.monotonic()
+        began, before = time.monotonic(), len(trials)
         try:
             for trial in CASES[name](lab):
                 trials.append(trial)
-                if trial.problems or trial.reported is False:
+                if not survived(trial):
                     print(f"NOT SURVIVED: {trial}", file=sys.stderr, flush=True)
         except PermissionError as error:
             left_out[name] = str(error)
         seconds = time.monotonic() - began
-        print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        done = trials[before:]
+        well = f"{sum(map(survived, done))} of {len(done)} faults survived"
+        print(f"{name}: {well}, {seconds:.0f} s", file=sys.stderr, flush=True)
     return summarise(trials), left_out
 
 
