@@ -100,7 +100,8 @@ def processes(lab: Lab) -> Iterator[Trial]:
         )
         moment = choose_moment(lab.draw, ("update", "saving")[number // 2])
         with Start(job) as start:
-            start.wait_for(moment)
+            if not start.wait_for(moment):
+                raise RuntimeError(f"exit code {start.end()}: {start.told}")
             found = children(start.process.pid)
             (process,) = [p for p, index in found.items() if index == victim]
             os.kill(process, signal.SIGKILL)
