@@ -23,6 +23,7 @@ from fault_runs import (
 )
 
 ROUNDING = 1e-5  # relative, between different numbers of processes
+SELDOM = "--config.checkpoint.every=15"  # several processes take longer to save
 
 
 def interruptions(
@@ -94,11 +95,11 @@ def processes(lab: Lab) -> Iterator[Trial]:
         job = Job(
             lab.workdir("two"),
             PRESETS[number // 2],
-            ("--heartbeat_seconds=5",),
+            ("--heartbeat_seconds=5", SELDOM),
             processes=2,
             launcher=("--retries=1", "--backoff=2", "--grace=60"),
         )
-        moment = choose_moment(lab.draw, ("update", "saving")[number // 2])
+        moment = choose_moment(lab.draw, ("saving", "update")[number // 2])
         with Start(job) as start:
             if not start.wait_for(moment):
                 raise RuntimeError(f"exit code {start.end()}: {start.told}")
@@ -126,7 +127,7 @@ def elastic(lab: Lab) -> Iterator[Trial]:
     """Other numbers of processes: at once, and from one start to the next."""
     for preset in ("transformer_pp", "anchored")[: lab.some(2, 1)]:
         alone = lab.undisturbed(Job(lab.folder, preset))
-        job = Job(lab.workdir("elastic"), preset, processes=2, devices=2)
+        job = Job(lab.workdir("elastic"), preset, (SELDOM,), processes=2, devices=2)
         with Start(job) as start:
             code = start.end()
         problems = [f"exit code {code}"] if code else []
@@ -135,7 +136,7 @@ def elastic(lab: Lab) -> Iterator[Trial]:
 
         path, problems, lost = lab.workdir("elastic"), [], []
         for count, devices in ((2, 2), (1, 1), (4, 1)):
-            job = Job(path, preset, processes=count, devices=devices)
+            job = Job(path, preset, (SELDOM,), processes=count, devices=devices)
             moment = Moment("update", lab.draw.randint(20, 60), 0.0)
             with Start(job) as start:
                 if count < 4 and start.wait_for(moment):
