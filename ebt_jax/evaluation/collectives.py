@@ -44,7 +44,7 @@ _CALLED = re.compile(
     r"false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
+_DEFINITION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) [\w\-]+\(")
 
 
 class Traffic(NamedTuple):
@@ -78,7 +78,12 @@ def count_collectives(text: str) -> dict[str, Traffic]:
             match = _COLLECTIVE.search(line)
             if match and runs[name]:
                 shape, kind, start, rest = match.groups()
-                size = _size(shape, kind, bool(start), rest)
+                if kind == "reduce-scatter":
+                    operands = rest.split(")")[0]
+                    shape = " ".join(
+                        _shapes(lines, re.findall(r"%([\w.\-]+)", operands))
+                    )
+                size = _size(shape, kind, bool(start))
                 total = found.setdefault(kind, [0, 0])
                 total[0] += runs[name]
                 total[1] += runs[name] * size
@@ -112,7 +117,14 @@ def _count_runs(
                     _count_runs(called, inside, computations, runs)
 
 
-def _size(shape: str, kind: str, start: bool, rest: str) -> int:
+def _shapes(lines: list[str], names: list[str]) -> list[str]:
+    """What instructions of a computation result in."""
+    found = [_DEFINITION.match(line) for line in lines]
+    shapes = {match[1]: match[2] for match in found if match}
+    return [shapes[name] for name in names]
+
+
+def _size(shape: str, kind: str, start: bool) -> int:
     """Bytes of the whole array of one collective."""
     arrays = [
         _BYTES[dtype] * _product(dimensions)
@@ -121,19 +133,8 @@ def _size(shape: str, kind: str, start: bool, rest: str) -> int:
     ]
     if start and kind in ("all-gather", "collective-permute"):
         # The result of the first half names what goes in, too.
-        size = arrays[1] if len(arrays) > 1 else arrays[0]
-    else:
-        size = sum(arrays)
-    return size * _group_size(rest) if kind == "reduce-scatter" else size
-
-
-def _group_size(rest: str) -> int:
-    match = _GROUPS.search(rest)
-    if match is None:
-        return 1
-    if match[3]:
-        return int(match[3])
-    return len(match[1].split(","))
+        return arrays[1] if len(arrays) > 1 else arrays[0]
+    return sum(arrays)
 
 
 def _product(dimensions: str) -> int:

@@ -43,7 +43,8 @@ HloModule jit_step, is_scheduled=true
 ENTRY %main.5 (p: f32[8,4]) -> f32[8,4] {
   %loop = (s32[], f32[8,4]) while(%start), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
   %reduced = (f32[5]{0}, f32[]) all-reduce(%u, %v), replica_groups={{0,1,2,3}}, to_apply=%add
-  %scattered = f32[2,4]{1,0} reduce-scatter(%w), replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%add
+  %w = f32[8,4]{1,0} fusion(%u), kind=kLoop, calls=%add
+  %scattered = f32[2,4]{1,0} reduce-scatter(%w), replica_groups=mesh['data'=1,'fsdp'=4] {'fsdp'}, dimensions={0}, to_apply=%add
   %started = (f32[2]{0}, f32[8]{0}) all-gather-start(%y), replica_groups={{0,1,2,3}}
   %done = f32[8]{0} all-gather-done(%started)
   %picked = f32[4] conditional(%z), branch_computations={%branch, %branch}
