@@ -26,7 +26,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -246,20 +246,29 @@ def _parquet(path: str, key: str, on_read: OnRead) -> Iterator[bytes | Malformed
             ) from error
 
 
-def _tfds(entry: str, key: str, on_read: OnRead) -> Iterator[bytes | Malformed]:
+def tfds_examples(entry: str) -> Sequence[dict[str, Any]]:
+    """The examples of `tfds:NAME[:SPLIT]`, with random access; nothing is downloaded.
+
+    Raises:
+      UserError: if the name is malformed, or nothing has been prepared under it.
+    """
     match = _TFDS.fullmatch(entry)
     if not match:
         raise UserError(f"data.path: {entry!r} is not of the form tfds:NAME[:SPLIT]")
     tfds = importlib.import_module("tensorflow_datasets")
     split = match["split"] or "train"
     try:
-        source = tfds.data_source(match["name"], split=split, download=False)
+        return tfds.data_source(match["name"], split=split, download=False)
     except Exception as error:  # tfds has no common base for what it raises
         raise UserError(
             f"data.path: tensorflow-datasets cannot read {match['name']!r}, split "
             f"{split!r} ({_first_line(error)}); prepare it first, with "
             "file_format='array_record'"
         ) from error
+
+
+def _tfds(entry: str, key: str, on_read: OnRead) -> Iterator[bytes | Malformed]:
+    source = tfds_examples(entry)
     for number in range(len(source)):
         example = source[number]
         if number == 0 and key not in example:

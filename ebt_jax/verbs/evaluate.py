@@ -9,6 +9,8 @@ from typing import Any
 from absl import flags
 
 from ebt_jax.command import Flag, Verb
+from ebt_jax.errors import UserError
+from ebt_jax.verbs import evaluate_tasks
 from ebt_jax.verbs.common import (
     CHECKPOINT,
     COUNT,
@@ -22,6 +24,10 @@ from ebt_jax.verbs.common import (
 
 def run(values: flags.FlagValues) -> None:
     """Scores text with a checkpoint of --workdir and prints the results."""
+    if values.task is not None:
+        return evaluate_tasks.run(values)
+    if values["items"].value:
+        raise UserError("--items is of tasks, but no --task is given; name one")
     workdir = required(values, "workdir", "the folder of a trained run")
 
     from ebt_jax.data import pipeline, tokenizers
@@ -86,19 +92,24 @@ def _table(about: dict[str, Any], results: dict[str, float]) -> str:
 
 VERB = Verb(
     summary="score text: nll, perplexity, bits per byte, energies",
-    details="Scores what the run has held out, or any text. The batch size changes "
-    "no result.",
+    details="Scores what the run has held out, or any text, or benchmark tasks: --task "
+    "writes\nthe scores of each item to WORKDIR/tasks. The batch size changes no "
+    "result.",
     example="ebt evaluate --workdir=runs/a --num_steps=4",
     call=run,
     flags=(
         WORKDIR,
-        Flag("data", "what to score, as in data.path; else what is held out"),
+        Flag(
+            "data",
+            "what to score, as in data.path, or where tasks are; else held-out text",
+        ),
         TEXT_KEY,
         Flag("packing", "concat, first_fit or document; else the config's"),
         NUM_STEPS,
         CHECKPOINT,
         Flag("batch_size", "sequences at once; 0 for the config's", 0, COUNT),
         Flag("sequences", "how many to score; 0 for all", 0, COUNT),
+        *evaluate_tasks.FLAGS,
         Flag("json", "prints one line of JSON", False, flags.DEFINE_boolean),
     ),
 )

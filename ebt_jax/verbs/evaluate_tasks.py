@@ -1,0 +1,174 @@
+"""`ebt evaluate --task`: benchmark tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from ebt_jax.command import Flag, suggest
+from ebt_jax.errors import UserError
+from ebt_jax.verbs.common import COUNT, required
+
+if TYPE_CHECKING:
+    from ebt_jax.evaluation.tasks.catalogue import Task
+    from ebt_jax.evaluation.tasks.run import Result
+
+FLAGS = (
+    Flag("task", "benchmark tasks, joined by commas, or all of those in --data"),
+    Flag("items", "how many items of each task, from the first; 0 for all", 0, COUNT),
+)
+_NOT_OF_TASKS = ("text_key", "packing", "sequences")
+
+
+def run(values: flags.FlagValues) -> None:
+    """Runs tasks with a checkpoint of --workdir; prints a table of the results."""
+    workdir = required(values, "workdir", "the folder of a trained run")
+    data = required(values, "data", "the folder with the files of the tasks")
+    for name in _NOT_OF_TASKS:
+        if values[name].value:
+            raise UserError(
+                f"--{name} is not for tasks, which know their files; leave it out"
+                + (", or give --items" if name == "sequences" else "")
+            )
+
+    from ebt_jax.data import tokenizers
+    from ebt_jax.evaluation.tasks.run import Examinee, run_task
+    from ebt_jax.evaluation.tasks.table import about_result, table
+    from ebt_jax.thinking import Thinking
+    from ebt_jax.training import checkpoint
+    from ebt_jax.training.config import resolve
+    from ebt_jax.training.objective import build_objective
+    from ebt_jax.training.workdir import open_workdir
+    from ebt_jax.training.writers import storage_explained
+
+    path, config = open_workdir(workdir)
+    chosen = _chosen(values.task, data)
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    config = resolve(config, tokenizer.vocab_size)
+    step = checkpoint.pick_step(path, values.checkpoint)
+    examinee = Examinee(
+        objective=build_objective(config),
+        params=checkpoint.load_params(path, step, config),
+        tokenizer=tokenizer,
+        context=config.data.context,
+        energy=_energy(config),
+        thinking=Thinking(values.num_steps),
+        batch_size=values.batch_size or config.eval.batch_size,
+        seed=config.eval.seed,
+    )
+    with storage_explained():
+        (path / "tasks").mkdir(exist_ok=True)
+    about = {"workdir": str(path), "checkpoint": step}
+    results = {}
+    for name, (task, sources) in chosen.items():
+        results[name] = run_task(
+            name,
+            task,
+            sources,
+            examinee,
+            limit=values.items,
+            progress=sys.stderr.isatty(),
+            warn=lambda text: print(text, file=sys.stderr),
+        )
+        if values.json:
+            print(about_result(name, results[name]), file=sys.stderr)
+        _write(path / "tasks" / f"{name}.json", about, values, results[name])
+    if values.json:
+        numbers = {name: _summary(result) for name, result in results.items()}
+        print(json.dumps(about | {"tasks": _plain(numbers)}, allow_nan=False))
+    else:
+        print(table(results))
+
+
+def _chosen(wanted: str, data: str) -> dict[str, tuple[Task, list[str]]]:
+    """The tasks and their sources, all of which are there."""
+    from ebt_jax.evaluation.tasks.catalogue import TASKS
+    from ebt_jax.evaluation.tasks.items import find_files
+
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    known = ", ".join(["all", *TASKS])
+    for name in names:
+        if name not in TASKS and name != "all":
+            raise UserError(
+                f"there is no task {name!r}{suggest(name, TASKS)} Known: {known}"
+            )
+    if not names:
+        raise UserError(f"--task is {wanted!r}, but has to name a task of: {known}")
+    if data.startswith("tfds:") or Path(data).expanduser().is_file():
+        if len(names) > 1 or names == ["all"]:
+            raise UserError(
+                f"--data={data} is of one task, but --task is {wanted!r}; give a "
+                "folder, or one task"
+            )
+        (name,) = names
+        if data.startswith("tfds:") and TASKS[name].tfds is None:
+            having = ", ".join(name for name in TASKS if TASKS[name].tfds)
+            raise UserError(
+                f"task {name} is not in TFDS; give its files, or a task of: {having}"
+            )
+        return {name: (TASKS[name], [data])}
+    if "all" not in names:
+        return {
+            name: (TASKS[name], find_files(name, TASKS[name].files, data))
+            for name in dict.fromkeys(names)
+        }
+    chosen = {}
+    for name, task in TASKS.items():
+        try:
+            chosen[name] = (task, find_files(name, task.files, data))
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not chosen:
+        raise UserError(
+            f"there are no files of any task in {data!r}; the tasks are: {known}"
+        )
+    return chosen
+
+
+def _energy(config: Any) -> Any:
+    """Energies of the tokens of a text; None of a model that has no energy."""
+    from ebt_jax import models
+    from ebt_jax.evaluation.tasks.likelihood import energy_of_targets
+    from ebt_jax.interfaces import EnergyModel
+
+    model = models.build(config.model)
+    if not isinstance(model, EnergyModel):
+        return None
+    return energy_of_targets(model, config.refine.num_landscapes)
+
+
+def _write(
+    file: Path, about: dict[str, Any], values: flags.FlagValues, result: Result
+) -> None:
+    """Writes a task's results, its items one to a line, in one go."""
+    from ebt_jax.training.workdir import replace_text
+    from ebt_jax.training.writers import storage_explained
+
+    head = about | {"num_steps": values.num_steps} | _summary(result)
+    text = json.dumps(_plain(head), indent=1, allow_nan=False)
+    rows = [json.dumps(_plain(row), allow_nan=False) for row in result.items]
+    scores = ",\n".join(f"  {row}" for row in rows)
+    with storage_explained():
+        replace_text(file, f'{text[:-2]},\n "scores": [\n{scores}\n ]\n}}\n')
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    return {
+        "sources": result.sources,
+        "counts": result.counts,
+        "results": result.numbers,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """None in place of numbers that are not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

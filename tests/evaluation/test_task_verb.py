@@ -1,0 +1,130 @@
+"""`ebt evaluate --task` from end to end, and each of its errors."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from ebt_jax import cli
+from ebt_jax.data.config import DataConfig
+from ebt_jax.evaluation.tasks.run import Result
+from ebt_jax.models.config import ModelConfig
+from ebt_jax.objective_config import RefineSetup
+from ebt_jax.training import checkpoint
+from ebt_jax.training.config import Config, EvalConfig, resolve
+from ebt_jax.training.objective import build_objective
+from ebt_jax.training.workdir import claim_workdir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with random parameters, and the files of two tasks."""
+    path = tmp_path_factory.mktemp("tasks")
+    config = Config(
+        model=ModelConfig(num_layers=1, num_heads=1, dim=8, conditioning="default"),
+        data=DataConfig(context=32),
+        refine=RefineSetup(step_size=5.0),
+        eval=EvalConfig(batch_size=8),
+    )
+    config = resolve(config, 256)
+    claim_workdir(path / "run", config)
+    params = jax.jit(build_objective(config).init)(jax.random.key(0))
+    (path / "data" / "arc").mkdir(parents=True)
+    (path / "data" / "lambada").mkdir()
+    arc = {"query": "Which?", "choices": ["one", "two"], "gold": 1}
+    lines = [json.dumps(arc), "no json", json.dumps(arc | {"gold": 0})]
+    (path / "data" / "arc" / "a_test.jsonl").write_text("\n".join(lines))
+    text = json.dumps({"text": "what nobody said"})
+    (path / "data" / "lambada" / "test.jsonl").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "pick_step", lambda path, step: 1)
+        patch.setattr(checkpoint, "load_params", lambda path, step, config: params)
+        yield path
+
+
+def run(capsys, folder, *flags):
+    """Exit code, stdout and stderr of `ebt evaluate` on that run."""
+    capsys.readouterr()
+    code = cli.run(["evaluate", f"--workdir={folder / 'run'}", *flags])
+    return code, *capsys.readouterr()
+
+
+def test_results_as_json_and_in_the_workdir(capsys, folder):
+    flags = ["--task=arc,lambada", f"--data={folder / 'data'}", "--num_steps=1"]
+    code, out, err = run(capsys, folder, *flags, "--json")
+    assert code == 0
+    said = json.loads(out)
+    assert said["checkpoint"] == 1 and list(said["tasks"]) == ["arc", "lambada"]
+    arc = said["tasks"]["arc"]
+    assert arc["counts"]["items"] == 2 and arc["counts"]["malformed"] == 1
+    assert 0 <= arc["results"]["accuracy_energy"] <= 1
+    assert arc["results"]["chance"] == 0.5
+    assert "line 2: is not JSON" in err
+    assert "arc: 2 items, multiple choice, by letter; 1 malformed; " in err
+    assert sorted(file.name for file in (folder / "run" / "tasks").iterdir()) == [
+        "arc.json",
+        "lambada.json",
+    ]
+    kept = json.loads((folder / "run" / "tasks" / "arc.json").read_text())
+    assert kept["results"] == arc["results"] and kept["checkpoint"] == 1
+    assert [row["id"] for row in kept["scores"]] == [
+        "a_test.jsonl, line 1",
+        "a_test.jsonl, line 3",
+    ]
+
+
+def test_a_table_of_all_that_is_there(capsys, folder, monkeypatch):
+    def run_task(name, task, sources, examinee, *, limit, progress, warn):
+        assert limit == 1 and examinee.context == 32
+        return Result({"items": limit}, sources, {"perplexity": math.inf}, [{}])
+
+    monkeypatch.setattr("ebt_jax.evaluation.tasks.run.run_task", run_task)
+    code, out, err = run(
+        capsys, folder, "--task=all", f"--data={folder / 'data'}", "--items=1"
+    )
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split()[:3] for line in lines[:4]] == [
+        ["task", "items", "ppl"],
+        ["lambada", "1", "inf"],
+        ["arc", "1", "inf"],
+        ["arc_cloze", "1", "inf"],
+    ]
+    kept = json.loads((folder / "run" / "tasks" / "arc.json").read_text())
+    assert kept["results"] == {"perplexity": None}  # JSON has no inf
+    assert "left out: task gsm8k: nothing is there in" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--task=gsm8"],
+            "there is no task 'gsm8'; did you mean 'gsm8k'? Known: all, ",
+        ),
+        (["--task=,"], "--task is ',', but has to name a task of: all, gsm8k"),
+        (["--task=squad"], "task squad: nothing is there in"),
+        (["--task=squad"], "looks for squad/dev-*.json or squad/*.json in the folder"),
+        (["--task=arc", "--data="], "--data is missing; give it the folder"),
+        (["--task=arc", "--packing=concat"], "--packing is not for tasks"),
+        (["--task=arc", "--text_key=text"], "--text_key is not for tasks"),
+        (["--task=arc", "--sequences=3"], "leave it out, or give --items"),
+        (["--task=arc,lambada", "--data=tfds:ai2_arc"], "is of one task, but --task"),
+        (["--task=all", "--data=tfds:ai2_arc"], "is of one task, but --task is 'all'"),
+        (
+            ["--task=novels", "--data=tfds:novels"],
+            "task novels is not in TFDS; give its files, or a task of: gsm8k, squad",
+        ),
+        (["--task=all", "--data=nowhere"], "no files of any task in 'nowhere'"),
+        (["--task=arc", "--data=tfds:no_such"], "cannot read 'no_such'"),
+        (["--task=arc", "--items=-1"], "--items=-1"),
+        (["--items=3", "--data="], "--items is of tasks, but no --task is given"),
+    ],
+)
+def test_mistakes(capsys, folder, flags, message):
+    code, out, err = run(capsys, folder, f"--data={folder / 'data'}", *flags)
+    assert code == 2 and not out
+    *_, last = err.splitlines()
+    assert last.startswith("error: ") and message in last
+    assert not (folder / "run" / "tasks" / "squad.json").exists()
