@@ -12,8 +12,11 @@ from tiny import QUICK
 from ebt_jax.evaluation.collectives import count_collectives
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
-from ebt_jax.training.config import Config, MeshConfig, TrainConfig
+from ebt_jax.training.checkpoint import restore
+from ebt_jax.training.config import Config, MeshConfig, TrainConfig, resolve
 from ebt_jax.training.objective import build_objective
+from ebt_jax.training.optim import make_optimizer
+from ebt_jax.training.saving import Saver
 from ebt_jax.training.sharding import (
     global_batch,
     make_mesh,
@@ -126,3 +129,22 @@ def test_eight_devices_equal_one(on_one_device, name):
             re.findall(r"\d+", " ".join(re.findall(r"\[([\d,]+)\]", text)))
         )
         assert str(VOCAB // 2) in dimensions and str(VOCAB) not in dimensions
+
+
+def test_a_checkpoint_fits_any_mesh(tmp_path):
+    config = resolve(SYSTEM_1, VOCAB)
+    objective = build_objective(config)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    optimizer = make_optimizer(config.optim, config.refine, shapes)
+    init = lambda: init_state(objective, optimizer, 3)
+    target = lambda axes: state_target(jax.eval_shape(init), make_mesh(axes))
+    shardings = jax.tree.map(lambda t: t.sharding, target(MESHES["fsdp"]))
+    state = jax.jit(init, out_shardings=shardings)()
+    with Saver(tmp_path, config.checkpoint) as saver:
+        saver.save(7, state, 112, config, wait=True)
+    for axes in (MESHES["model"], MESHES["data"], MeshConfig(data=1)):
+        restored = restore(tmp_path, 7, target(axes))
+        assert restored.next_example == 112
+        jax.tree.map(np.testing.assert_array_equal, restored.state, state)
+        wanted = jax.tree.map(lambda t: t.sharding, target(axes))
+        assert jax.tree.map(lambda x: x.sharding, restored.state) == wanted
