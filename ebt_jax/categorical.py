@@ -27,6 +27,7 @@ before it are plain forward passes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -73,7 +74,9 @@ def loss_and_gradient(
 
     Returns:
       `((loss, steps), gradient)`. `steps` has weighted means over predictions, `loss`,
-      `energy` and `gradient_norm`, `[num_steps]`; 0 for steps that are not taken.
+      `energy` and `gradient_norm`, `[num_steps]`; 0 for steps that are not taken. With
+      `plan.recall`, for which only the last step may be scored, it has the final
+      candidates, too: `kept`, leaves `[batch, seq, ...]`.
     """
     tables = {name: params[name] for name in model.tables}
     network, pull_network = jax.vjp(
@@ -93,6 +96,10 @@ def loss_and_gradient(
         "candidate": plan.candidate,
         "noise": None if plan.noise is None else jnp.moveaxis(plan.noise, 0, 2),
     }
+    if plan.recall is not None:
+        each = jnp.broadcast_to
+        predictions["row"] = each(plan.recall.rows[:, None], (count, length))
+        predictions["place"] = each(jnp.arange(length), (count, length))
     landscapes = jnp.arange(model.num_contexts)
     learning = landscapes  # those whose contexts get a gradient
     if config.loss_steps == "last" and model.num_contexts > 1:
@@ -108,7 +115,7 @@ def loss_and_gradient(
         },
     }
 
-    def sequences(sums: PyTree, inputs: Any) -> tuple[PyTree, jax.Array]:
+    def sequences(sums: PyTree, inputs: Any) -> tuple[PyTree, Any]:
         """Encodes some sequences, and trains on all that is predicted from them."""
         batch, embedded, predictions = inputs
 
@@ -124,7 +131,7 @@ def loss_and_gradient(
         if learning is not landscapes:
             pasts = encode(network, embedded, landscapes)
 
-        def places(carry: Any, inputs: Any) -> tuple[Any, None]:
+        def places(carry: Any, inputs: Any) -> tuple[Any, PyTree]:
             """Trains on what stands at some places of these sequences."""
             index, predictions = inputs
             shape = predictions["weight"].shape
@@ -137,11 +144,12 @@ def loss_and_gradient(
 
             flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), predictions)
             block = Block(energy, network, table, embedded.dtype, flat)
-            return train_block(block, plan, setup, config, pasts, learnt, carry), None
+            carry, kept = train_block(block, plan, setup, config, pasts, learnt, carry)
+            return carry, jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), kept)
 
         pieces = _pieces(predictions, length, parts)
         carry = sums, jax.tree.map(jnp.zeros_like, learnt)
-        (sums, learnt_bar), _ = jax.lax.scan(places, carry, pieces)
+        (sums, learnt_bar), kept = jax.lax.scan(places, carry, pieces)
         if parts == 1:
             network_bar, embedded_bar = pull(learnt_bar)
         else:
@@ -155,13 +163,14 @@ def loss_and_gradient(
                 learnt_bar,
             )
         sums["network"] = jax.tree.map(jnp.add, sums["network"], network_bar)
-        return sums, embedded_bar
+        return sums, (embedded_bar, jax.tree.map(partial(_whole, length), kept))
 
     # Every groups-th sequence: each device splits the sequences it already holds.
     apart = lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1)
     inputs = jax.tree.map(apart, (batch, embedded, predictions))
-    sums, embedded_bar = jax.lax.scan(sequences, sums, inputs)
-    embedded_bar = embedded_bar.swapaxes(0, 1).reshape(embedded.shape)
+    sums, of_each = jax.lax.scan(sequences, sums, inputs)
+    together = lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:])
+    embedded_bar, kept = jax.tree.map(together, of_each)
     table_bar = sums["table"]
     if config.label_smoothing:
         table_bar = table_bar + sums["every_entry"][None]
@@ -176,6 +185,8 @@ def loss_and_gradient(
     size_bar = sums["step_size"].astype(params["step_size"].dtype)
     (network_bar,) = pull_network(sums["network"])
     gradient = {**network_bar, **tables_bar, "step_size": size_bar}
+    if kept is not None:
+        steps = {**steps, "kept": kept}
     return (config.reconstruction_weight * loss, steps), gradient
 
 
@@ -204,3 +215,9 @@ def _pieces(predictions: PyTree, length: int, parts: int) -> tuple[jax.Array, Py
     pieces = jax.tree.map(lambda x: jnp.moveaxis(x[:, inside], 1, 0), predictions)
     weight = jnp.where((index < length)[:, None], pieces["weight"], 0)
     return inside, {**pieces, "weight": weight}
+
+
+def _whole(length: int, pieces: jax.Array) -> jax.Array:
+    """`[sequences, length, ...]` of `[parts, sequences, places, ...]`."""
+    x = jnp.moveaxis(pieces, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

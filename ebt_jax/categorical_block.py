@@ -15,6 +15,7 @@ from ebt_jax.objective_config import ObjectiveConfig, RefineSetup, falling
 from ebt_jax.randomness import fold_in, normal, normal_like, over_predictions
 from ebt_jax.refine import PyTree
 from ebt_jax.refine_config import Schedule
+from ebt_jax.replay import Recall, kept, recalled
 
 
 class Plan(NamedTuple):
@@ -28,6 +29,8 @@ class Plan(NamedTuple):
       noise_std: of Langevin noise, or None.
       candidate: initial candidates `[batch, seq, vocab]`; None draws them.
       noise: standard normals `[num_steps, batch, seq, vocab]`; None draws them.
+      recall: which predictions begin where others ended, and all final candidates are
+        wanted; None if none are.
     """
 
     keys: jax.Array
@@ -37,6 +40,7 @@ class Plan(NamedTuple):
     noise_std: jax.Array | None
     candidate: jax.Array | None
     noise: jax.Array | None
+    recall: Recall | None = None
 
 
 class Block(NamedTuple):
@@ -48,7 +52,7 @@ class Block(NamedTuple):
       table: `[vocab, dim]`.
       dtype: of products with the table.
       each: `[block, ...]`, target, weight, key, factor, and candidate and noise where
-        they are given.
+        they are given; row and place where candidates are recalled.
     """
 
     energy: Callable[..., tuple[jax.Array, jax.Array]]
@@ -66,7 +70,7 @@ def train_block(
     pasts: PyTree,
     learnt: PyTree,
     carry: tuple[PyTree, PyTree],
-) -> tuple[PyTree, PyTree]:
+) -> tuple[tuple[PyTree, PyTree], PyTree]:
     """Refines a block and adds its gradients and means to `carry`.
 
     Args:
@@ -79,7 +83,8 @@ def train_block(
       carry: the sums of `loss_and_gradient`, and those of the cotangents of `learnt`.
 
     Returns:
-      `carry`, with what this block adds.
+      `carry`, with what this block adds, and the final candidates as they are kept,
+      leaves `[block, ...]`; None without `plan.recall`.
     """
     table, each, schedule = block.table, block.each, plan.schedule
     sizes = plan.step_size * each["factor"]
@@ -127,20 +132,26 @@ def train_block(
 
         return over_predictions(noisy, z, each["key"])
 
+    def draw(key: jax.Array) -> jax.Array:
+        noise = normal(fold_in(key, 0), table.shape[:1], table.dtype)
+        return setup.initial_scale * noise
+
+    def initial() -> jax.Array:
+        if each["candidate"] is not None:
+            return each["candidate"]
+        if setup.initial_candidate == "zeros":
+            return jnp.zeros((len(sizes), len(table)), table.dtype)
+        return over_predictions(draw, each["key"])
+
     def begin() -> jax.Array:
         """softmax of the initial candidates, where a block of them is drawn."""
-        if each["candidate"] is not None:
-            return normalize(each["candidate"], 0)
-        if setup.initial_candidate == "zeros":
-            return normalize(jnp.zeros((len(sizes), len(table)), table.dtype), 0)
-
-        def draw(key: jax.Array) -> jax.Array:
-            noise = normal(fold_in(key, 0), table.shape[:1], table.dtype)
-            z = setup.initial_scale * noise
-            return jax.nn.softmax(z) if plan.noise_std is None else z
-
-        drawn = over_predictions(draw, each["key"])
-        return drawn if plan.noise_std is None else normalize(drawn, 0)
+        if plan.recall is not None:
+            z = recalled(plan.recall, initial(), each["row"], each["place"])
+            return normalize(z, 0)
+        given = each["candidate"] is not None or setup.initial_candidate == "zeros"
+        if given or plan.noise_std is not None:
+            return normalize(initial(), 0)
+        return over_predictions(lambda key: jax.nn.softmax(draw(key)), each["key"])
 
     def advance(i: Any, carry: Any) -> Any:
         """A step that is not differentiated."""
@@ -153,8 +164,8 @@ def train_block(
         steps = observe(steps, i, energy, norm, cross_entropy(z, i)[0])
         return normalize(z, i + 1), steps
 
-    def learn(i: Any, carry: Any) -> Any:
-        """A step and its gradients."""
+    def learn(i: Any, carry: Any) -> tuple[Any, jax.Array]:
+        """A step and its gradients, and the candidates after it."""
         p, x, deferred, learnt_bar, sums = carry
         landscape = schedule.landscape[i]
         index, past = at(learnt, landscape)
@@ -195,7 +206,7 @@ def train_block(
         learnt_bar = jax.tree.map(
             lambda total, bar: total.at[index].add(bar), learnt_bar, past_bar
         )
-        return after, after_x, of_softmax, learnt_bar, sums
+        return (after, after_x, of_softmax, learnt_bar, sums), z
 
     sums, learnt_bar = carry
     p = begin()
@@ -203,14 +214,16 @@ def train_block(
         p, steps = jax.lax.fori_loop(0, count - 1, advance, (p, sums["steps"]))
         x = embed(p)
         state = p, x, jnp.zeros_like(x), learnt_bar, {**sums, "steps": steps}
-        state = learn(count - 1, state)
+        state, z = learn(count - 1, state)
+        final = None if plan.recall is None else kept(z, plan.recall.config)
     else:
         x = embed(p)
         state = p, x, jnp.zeros_like(x), learnt_bar, sums
-        state = jax.lax.fori_loop(0, count, learn, state)
+        state = jax.lax.fori_loop(0, count, lambda i, s: learn(i, s)[0], state)
+        final = None
     p, _, deferred, learnt_bar, sums = state
     table_bar = _add_product(sums["table"], p, deferred, block.dtype)
-    return {**sums, "table": table_bar}, learnt_bar
+    return ({**sums, "table": table_bar}, learnt_bar), final
 
 
 def _product(form: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:

@@ -39,6 +39,7 @@ class Objective(NamedTuple):
         text logits `[batch, seq, vocab]`. Draws as in `evaluate`. A feed-forward model
         does not think, whatever it is told.
       decoder: continues sequences; None where the model has no `caching`.
+      replaying: the loss with a replay buffer; None where there is none.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -46,6 +47,22 @@ class Objective(NamedTuple):
     evaluate: Callable[[PyTree, Batch, jax.Array, int], dict[str, jax.Array]]
     predict: Callable[[PyTree, Batch, jax.Array, Thinking], PyTree]
     decoder: Decoder | None = None
+    replaying: Replaying | None = None
+
+
+class Replaying(NamedTuple):
+    """How a loss takes in what earlier batches led to. See `replay.py`.
+
+    Attributes:
+      empty: `() -> replay`, a buffer that holds nothing, `[capacity, ...]`.
+      loss: `(params, batch, key, replay) -> (loss, (metrics, replay))`. As
+        `Objective.loss`, with replayed sequences besides those of the batch:
+        `metrics["tokens"]` counts theirs, too, `metrics["replayed"]` is the share of
+        those. The batch is in the new buffer.
+    """
+
+    empty: Callable[[], PyTree]
+    loss: Callable[..., tuple[jax.Array, tuple[Metrics, PyTree]]]
 
 
 class Decoder(NamedTuple):

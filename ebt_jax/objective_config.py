@@ -71,7 +71,7 @@ class ObjectiveConfig:
 def system_2(
     step_size: float, noise_std: float, num_steps: int = 3
 ) -> tuple[RefineSetup, ObjectiveConfig]:
-    """The published System 2, without its replay buffer.
+    """The published System 2; its replay buffer is `replay.ReplayConfig`.
 
     It is for thinking longer than in training: one landscape, and all steps lead to a
     last one, which alone is scored and has its inner gradient differentiated.

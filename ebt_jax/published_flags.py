@@ -9,6 +9,7 @@ from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES, ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.replay import ReplayConfig
 from ebt_jax.training.config import Config, OptimConfig, TrainConfig
 
 # The published code's own defaults of every flag that is translated.
@@ -41,6 +42,9 @@ PUBLISHED_DEFAULTS: dict[str, Any] = {
     "randomize_mcmc_step_size_scale": 1.0,
     "no_mcmc_detach": False,
     "truncate_mcmc": False,
+    "mcmc_replay_buffer": False,
+    "mcmc_replay_buffer_sample_bs_percent": 0.5,
+    "mcmc_replay_buffer_size": 192,
     "langevin_dynamics_noise": 0.0,
     "langevin_dynamics_noise_learnable": False,
     "normalize_initial_condition": False,
@@ -75,7 +79,6 @@ OFF: dict[str, Any] = {
     "infer_steps_final_landscape": False,
     "learnable_process_memory": False,
     "lr_scaling_rule": False,
-    "mcmc_replay_buffer": False,
     "no_langevin_during_eval": False,
     "optimizer": "adamw",
     "warm_up_base_lr_divider": -1,
@@ -114,8 +117,6 @@ NOT_OF_THE_MODEL = frozenset(
         "log_every_n_steps",
         "log_gradients",
         "log_model_archi",
-        "mcmc_replay_buffer_sample_bs_percent",
-        "mcmc_replay_buffer_size",
         "model_name",
         "num_workers",
         "patch_size",
@@ -145,8 +146,9 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
         defaults. `dim`, `num_layers`, `num_heads` and `vocab_size` are sizes.
 
     Returns:
-      A config with `model`, `refine`, `objective`, `optim`, `train.steps`, `train.seed`
-      and `data.context` filled in.
+      A config with `model`, `refine`, `objective`, `replay`, `optim`, `train.steps`,
+      `train.seed` and `data.context` filled in. The published buffer's size is that of
+      each device; `replay.capacity` is over all devices, here one.
 
     Raises:
       UserError: naming the flag, for one that is unknown or not supported.
@@ -237,6 +239,10 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
             contrastive_weight=f["contrastive_loss_coeff"]
             if f["contrastive_loss"]
             else 0.0,
+        ),
+        replay=ReplayConfig(
+            capacity=f["mcmc_replay_buffer_size"] if f["mcmc_replay_buffer"] else 0,
+            fraction=float(f["mcmc_replay_buffer_sample_bs_percent"]),
         ),
         optim=OptimConfig(
             schedule_steps=max(f["max_scheduling_steps"], 0),

@@ -9,8 +9,13 @@ Words, joined by commas after the colon:
 
     s1              System 1 as published (the default): two steps, detached between,
                     loss on both, learnt step size 500, step embedding
-    s2              System 2 as published, without the replay buffer: 2 or 3 steps,
-                    Langevin noise, random step sizes around 5, loss on the last
+    s2              System 2 as published: 2 or 3 steps, Langevin noise, random step
+                    sizes around 5, loss on the last, half as many sequences as a batch
+                    has from a replay buffer of the last 6 batches
+    no_replay       s2 without the buffer
+    no_langevin     s2 without noise
+    no_random_step_size  s2 with step size 5
+    no_random_steps      s2 with 3 steps
     anchored        System 1 whose candidates start from the token they continue; step
                     size 5, no step embedding. Not published, and better (table below)
     transformer_pp  the feed-forward baseline with the same blocks
@@ -20,6 +25,20 @@ Words, joined by commas after the colon:
     quickstart      anchored, 4xs, for minutes on a laptop
     fidelity        4xs, 16 x 128 bytes, 1,000 steps: the setting of the table below
     tiny            seconds; for tests
+
+These are the paper's ablation (table 2). It does not say how many steps were taken
+where their number was not random. The published buffer holds 192 sequences for each
+device, here that is `--config.replay.capacity`, over all devices: give 768 for 4. With
+`--config.replay.dtype=bfloat16` or `--config.replay.top_k=64` it takes less memory;
+`ebt inspect` says how much.
+
+From System 1 to System 2, in two runs: the first learns energies at the second's step
+size and, as System 2 has a single landscape, in one.
+
+    ebt train --config=experiments/text.py:s1,step_size=5 --workdir=runs/s1
+        --config.refine.num_landscapes=1
+    ebt train --config=experiments/text.py:s2 --workdir=runs/s2
+        --init_from=runs/s1
 
 Measured (jax 0.10.2, CPU): tiny shakespeare, first 90 % to train, held-out nats per
 byte after the last refinement step, seeds 0, 1, 2; the published code's numbers are of
@@ -56,6 +75,7 @@ from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES, ModelConfig
 from ebt_jax.objective_config import RefineSetup, system_2
+from ebt_jax.replay import ReplayConfig
 from ebt_jax.training.config import (
     CheckpointConfig,
     Config,
@@ -77,6 +97,8 @@ PEAK_LR = {
     "xl": 2e-4,
 }
 METHODS = ("s1", "s2", "anchored", "transformer_pp")
+ABLATIONS = ("no_replay", "no_langevin", "no_random_step_size", "no_random_steps")
+REPLAYED_BATCHES = 6  # that the buffer holds: 192 sequences, 32 at a time (published)
 SETTINGS = ("quickstart", "fidelity", "tiny")
 KEYS = ("size", "step_size")
 
@@ -90,7 +112,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     words = [word.strip() for word in arg.split(",") if word.strip()]
     methods = [word for word in words if word in METHODS]
     settings = [word for word in words if word in SETTINGS]
-    values = _values([word for word in words if word not in METHODS + SETTINGS])
+    ablations = [word for word in words if word in ABLATIONS]
+    values = _values(
+        [word for word in words if word not in METHODS + SETTINGS + ABLATIONS]
+    )
     for kind in (methods, settings):
         if len(kind) > 1:
             raise UserError(
@@ -107,7 +132,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = _method(method, size)
     if "step_size" in values:
         config = _with_step_size(config, values["step_size"])
-    return to_config_dict(_setting(setting, config))
+    config = _setting(setting, config)
+    if ablations and method != "s2":
+        raise UserError(
+            f"preset {arg!r} leaves something out of s2 ({ablations[0]!r}), but is "
+            f"{method!r}; add 's2'"
+        )
+    if method == "s2":
+        config = _ablated(_with_replay(config), ablations)
+    return to_config_dict(config)
 
 
 def sweep() -> list[dict[str, Any]]:
@@ -185,6 +218,27 @@ def _setting(setting: str, config: Config) -> Config:
     return config
 
 
+def _with_replay(config: Config) -> Config:
+    """A buffer of the published size, in batches."""
+    part = config.train.batch_size // config.train.accumulation
+    replay = ReplayConfig(capacity=REPLAYED_BATCHES * part)
+    return dataclasses.replace(config, replay=replay)
+
+
+def _ablated(config: Config, ablations: list[str]) -> Config:
+    """System 2 without some of its techniques."""
+    changes: dict[str, Any] = {}
+    if "no_langevin" in ablations:
+        changes["noise_std"] = 0.0
+    if "no_random_step_size" in ablations:
+        changes["step_size_jitter"] = 1.0
+    if "no_random_steps" in ablations:
+        changes["min_steps"] = 0
+    replay = ReplayConfig() if "no_replay" in ablations else config.replay
+    refine = dataclasses.replace(config.refine, **changes)
+    return dataclasses.replace(config, refine=refine, replay=replay)
+
+
 def _with_step_size(config: Config, step_size: float) -> Config:
     """The learning rate of a step size is 3 times it (paper, appendix I)."""
     return dataclasses.replace(
@@ -199,8 +253,9 @@ def _values(words: list[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in KEYS:
-            known = (*METHODS, *SETTINGS, *(f"{key}=..." for key in KEYS))
-            close = difflib.get_close_matches(key, METHODS + SETTINGS + KEYS, n=1)
+            words_known = METHODS + ABLATIONS + SETTINGS
+            known = (*words_known, *(f"{key}=..." for key in KEYS))
+            close = difflib.get_close_matches(key, words_known + KEYS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise UserError(
                 f"preset word {word!r} is unknown{hint} Known: {', '.join(known)}"

@@ -10,7 +10,7 @@ from ebt_jax import cli
 from ebt_jax.command import load_config
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES
-from ebt_jax.training.config import from_config_dict
+from ebt_jax.training.config import differences, from_config_dict
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
 TEXT = next(path for path in FILES if path.stem == "text")
@@ -59,6 +59,24 @@ def test_published_settings():
     )
     assert (s2.refine.backprop, s2.objective.loss_steps) == ("truncated", "last")
     assert not s2.refine.step_size_learnable
+    assert (s2.replay.capacity, s2.replay.fraction, s2.replay.top_k) == (192, 0.5, 0)
+    assert s2.replay.dtype == "float32" and not s1.replay.capacity
+
+
+def test_each_technique_of_system_2_can_be_left_out():
+    whole = text("s2")
+    left_out = {
+        "no_replay": {"replay.capacity": (192, 0)},
+        "no_langevin": {"refine.noise_std": (3.0, 0.0)},
+        "no_random_step_size": {"refine.step_size_jitter": (2.0, 1.0)},
+        "no_random_steps": {"refine.min_steps": (2, 0)},
+    }
+    together = {
+        key: value for change in left_out.values() for key, value in change.items()
+    }
+    for word, change in left_out.items():
+        assert differences(whole, text(f"s2,{word}")) == change
+    assert differences(whole, text(",".join(["s2", *left_out]))) == together
 
 
 def test_a_step_size_brings_its_learning_rate():
@@ -73,7 +91,8 @@ def test_the_docstring_names_every_word():
     names = runpy.run_path(str(TEXT))
     listed = names["__doc__"].split("Words,")[1].split("Measured")[0]
     words = re.findall(r"^    (\w+)(?:=\w+)?  ", listed, re.MULTILINE)
-    assert set(words) == {*names["METHODS"], *names["SETTINGS"], *names["KEYS"]}
+    kinds = ("METHODS", "ABLATIONS", "SETTINGS", "KEYS")
+    assert set(words) == {word for kind in kinds for word in names[kind]}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +101,7 @@ def test_the_docstring_names_every_word():
         ("quikstart", "'quikstart' is unknown; did you mean 'quickstart'"),
         ("s1,s2", "names both 's1' and 's2'"),
         ("tiny,fidelity", "names both 'tiny' and 'fidelity'"),
+        ("s1,no_replay", "leaves something out of s2 \\('no_replay'\\), but is 's1'"),
         ("size=huge", "size 'huge' is not one of 4xs"),
         ("sizes=xs", "'sizes=xs' is unknown; did you mean 'size'"),
         ("step_size=big", "'step_size=big': could not convert"),

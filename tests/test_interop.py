@@ -255,6 +255,14 @@ def test_flags_of_the_optimiser_are_translated():
     assert (config.train.steps, config.train.seed) == (60_000, 34)
 
 
+def test_replay_flags():
+    assert config_of().replay.capacity == 0
+    flags = {"mcmc_replay_buffer": True, "mcmc_replay_buffer_sample_bs_percent": 0.25}
+    replay = config_of(**flags).replay
+    assert (replay.capacity, replay.fraction, replay.top_k) == (192, 0.25, 0)
+    assert config_of(**flags, mcmc_replay_buffer_size=96).replay.capacity == 96
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "off"),
     [
@@ -262,7 +270,6 @@ def test_flags_of_the_optimiser_are_translated():
         ("discrete_contrastive_loss_true_logit_val", 1, "0"),
         ("energy_loss_coeff", 0.1, "0.0"),
         ("learnable_process_memory", True, "False"),
-        ("mcmc_replay_buffer", True, "False"),
         ("no_langevin_during_eval", True, "False"),
         ("weight_initialization_gain", 0.5, "1.0"),
     ],

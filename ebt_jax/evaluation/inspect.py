@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ebt_jax.data import tokenizers
@@ -24,12 +23,14 @@ from ebt_jax.evaluation.flops import (
 from ebt_jax.evaluation.planning import communication_table, memory_table
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config, resolve
+from ebt_jax.training.objective import batch_shapes as whole_batch_shapes
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
 from ebt_jax.training.sharding import (
     batch_parts,
     batch_sharding,
     check_batch,
+    check_replay,
     left_whole,
     make_mesh,
     parameter_specs,
@@ -53,6 +54,7 @@ def inspect(config: Config, memory_gib: float = 0) -> str:
     """
     mesh = make_mesh(config.mesh)
     check_batch(config.train, mesh, config.data.context)
+    check_replay(config.replay, config.train, mesh)
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
     objective = build_objective(config)
@@ -92,18 +94,12 @@ def batch_shapes(
       config: of the run.
       mesh: that the batch is split over; None to leave that open.
     """
-    rows, length = config.train.batch_size, config.data.context
-    dtypes: dict[str, Any] = {"tokens": jnp.int32, "targets": jnp.int32}
-    if config.data.packing == "first_fit":
-        dtypes |= {"segments": jnp.int32, "positions": jnp.int32}
-    dtypes |= {"weights": jnp.float32, "index": jnp.int32}
 
-    def shape(name: str) -> jax.ShapeDtypeStruct:
-        sizes = (rows,) if name == "index" else (rows, length)
-        sharding = None if mesh is None else batch_sharding(mesh, len(sizes))
-        return jax.ShapeDtypeStruct(sizes, dtypes[name], sharding=sharding)
+    def placed(s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else batch_sharding(mesh, len(s.shape))
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
 
-    return {name: shape(name) for name in dtypes}
+    return jax.tree.map(placed, whole_batch_shapes(config))
 
 
 def parameter_table(params: PyTree, mesh: Mesh) -> str:

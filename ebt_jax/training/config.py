@@ -19,6 +19,7 @@ from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.replay import ReplayConfig
 
 
 def _positive(section: Any, where: str, name: str) -> None:
@@ -212,6 +213,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     refine: RefineSetup = RefineSetup()
     objective: ObjectiveConfig = ObjectiveConfig()
+    replay: ReplayConfig = ReplayConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -227,11 +229,18 @@ class Config:
                 f"model.num_landscapes is {landscapes} but refine.num_landscapes is "
                 f"{self.refine.num_landscapes}; leave the model's at 0 to follow"
             )
+        if self.replay.capacity and self.model.kind != "ebt":
+            raise UserError(
+                f"replay.capacity is {self.replay.capacity}, but model.kind is "
+                f"{self.model.kind!r}, which refines nothing that could be replayed; "
+                "set it to 0"
+            )
 
 
 SECTIONS: dict[str, Any] = {
     field.name: type(field.default) for field in dataclasses.fields(Config)
 }
+ADDED_SECTIONS = {"replay"}  # that runs of an earlier version were made without
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -273,8 +282,15 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`."""
-    return from_config_dict(json.loads(text))
+    """The inverse of `to_json`.
+
+    A section that there was not yet when the text was written is at its defaults: that
+    is what was done then.
+    """
+    tree = json.loads(text)
+    for name in ADDED_SECTIONS - tree.keys():
+        tree[name] = dataclasses.asdict(SECTIONS[name]())
+    return from_config_dict(tree)
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
@@ -296,7 +312,8 @@ def resolve(config: Config, vocab_size: int) -> Config:
       vocab_size: the tokenizer's.
 
     Raises:
-      UserError: if the tokenizer's vocabulary is larger than the model's.
+      UserError: if the tokenizer's vocabulary is larger than the model's, or more of
+        candidates is to be kept than there is.
     """
     if config.model.vocab_size and vocab_size > config.model.vocab_size:
         raise UserError(
@@ -308,6 +325,12 @@ def resolve(config: Config, vocab_size: int) -> Config:
         vocab_size=config.model.vocab_size or vocab_size,
         num_landscapes=config.refine.num_landscapes,
     )
+    top_k = config.replay.top_k
+    if config.replay.capacity and top_k >= model.vocab_size:
+        raise UserError(
+            f"replay.top_k is {top_k}, but candidates have {model.vocab_size} entries, "
+            "one for each of the vocabulary; set it to 0 to keep all of them"
+        )
     optim = dataclasses.replace(
         config.optim, schedule_steps=config.optim.schedule_steps or config.train.steps
     )

@@ -110,7 +110,8 @@ def warm_start(origin: Origin, config: Config, params: PyTree) -> PyTree:
     """Parameters of another run or of a file in place of fresh ones.
 
     Tables of another vocabulary keep the entries that both have, by number; the others,
-    or all with `train.init_vocab=fresh`, stay fresh.
+    or all with `train.init_vocab=fresh`, stay fresh. A step size or noise that this run
+    does not learn is its config's.
 
     Args:
       origin: of `find_origin`.
@@ -121,6 +122,8 @@ def warm_start(origin: Origin, config: Config, params: PyTree) -> PyTree:
     targets = {}
     for name, shape in origin_shapes(origin).items():
         if name in VOCABULARY and config.train.init_vocab == "fresh":
+            continue
+        if name in _fixed(config):
             continue
         like = fresh[name]
         # A table of another size may not be divisible like ours: every device has it.
@@ -220,6 +223,15 @@ def read_file(file: str, config: Config) -> dict[str, np.ndarray]:
     model = dataclasses.replace(config.model, vocab_size=len(arrays[published[0]]))
     theirs = dataclasses.replace(config, model=model)
     return checkpoint.named(interop.from_reference(arrays, theirs))
+
+
+def _fixed(config: Config) -> set[str]:
+    """Parameters that a run does not learn."""
+    learnt = {
+        "step_size": config.refine.step_size_learnable,
+        "noise_std": config.refine.noise_learnable,
+    }
+    return {name for name, is_learnt in learnt.items() if not is_learnt}
 
 
 def _beside(shape: tuple[int, ...], name: str) -> tuple[int, ...]:

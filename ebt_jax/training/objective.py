@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from ebt_jax import models
 from ebt_jax.interfaces import FeedForward, Objective
@@ -19,4 +23,16 @@ def build_objective(config: Config) -> Objective:
     model = models.build(model_config)
     if isinstance(model, FeedForward):
         return feed_forward(model, config.objective)
-    return refined(model, config.refine, config.objective)
+    kept = {n: s for n, s in batch_shapes(config).items() if n != "index"}
+    return refined(model, config.refine, config.objective, config.replay, kept)
+
+
+def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a training batch: arrays `[batch, seq]`, and `index` `[batch]`."""
+    rows, length = config.train.batch_size, config.data.context
+    dtypes: dict[str, Any] = {"tokens": jnp.int32, "targets": jnp.int32}
+    if config.data.packing == "first_fit":
+        dtypes |= {"segments": jnp.int32, "positions": jnp.int32}
+    dtypes |= {"weights": jnp.float32}
+    shapes = {n: jax.ShapeDtypeStruct((rows, length), d) for n, d in dtypes.items()}
+    return {**shapes, "index": jax.ShapeDtypeStruct((rows,), jnp.int32)}

@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ebt_jax.errors import UserError
 from ebt_jax.refine import PyTree
+from ebt_jax.replay import ReplayConfig
 from ebt_jax.training.config import MeshConfig, TrainConfig
 
 P = PartitionSpec
@@ -169,6 +170,44 @@ def check_batch(config: TrainConfig, mesh: Mesh, context: int) -> None:
         )
 
 
+def check_replay(replay: ReplayConfig, config: TrainConfig, mesh: Mesh) -> None:
+    """Checks that every device's share of a replay buffer suits its share of a batch.
+
+    Each device keeps, and samples from, what it refined itself: `capacity / devices`
+    sequences. So which sequences are replayed depends on the number of devices.
+
+    Args:
+      replay: how much is kept, over all devices.
+      config: of the run.
+      mesh: of `make_mesh`.
+
+    Raises:
+      UserError: if not.
+    """
+    capacity, devices = replay.capacity, batch_parts(mesh)
+    if not capacity:
+        return
+    if capacity % devices:
+        raise UserError(
+            f"replay.capacity is {capacity}, which the {devices} devices of mesh.data "
+            f"x mesh.fsdp do not divide; make it a multiple of {devices}"
+        )
+    share = config.batch_size // config.accumulation // devices
+    if capacity // devices < share:
+        raise UserError(
+            f"replay.capacity is {capacity}, {capacity // devices} for each of "
+            f"{devices} devices, but a device's share of a batch is {share} sequences "
+            "(train.batch_size / train.accumulation / devices); raise it to at least "
+            f"{share * devices}, or set it to 0"
+        )
+    if not replay.count(share):
+        raise UserError(
+            f"replay.fraction is {replay.fraction}, which of a device's share of a "
+            f"batch, {share} sequences, is none; raise it to at least {1 / share:.3g}, "
+            "or set replay.capacity to 0"
+        )
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Parts that the sequences of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -228,7 +267,8 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
 
     Args:
       state: a `TrainState`, or its shapes. What in it has the path and shape of a
-        parameter, as the optimiser's moments, is split as that is; all else is copied.
+        parameter, as the optimiser's moments, is split as that is, a replay buffer as
+        a batch is; all else is copied.
       mesh: of `make_mesh`.
 
     Returns:
@@ -244,6 +284,8 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
     }
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
+        if _name(path).startswith("replay/"):
+            return NamedSharding(mesh, P(BATCH_AXES))
         for start in range(len(path)):
             name = _name(path[start:])
             if name in known and known[name][0] == leaf.shape:
@@ -262,12 +304,25 @@ def state_target(state: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
+def gathered_target(params: PyTree, mesh: Mesh) -> PyTree:
+    """Shapes of parameters that are whole along the batch's axes.
+
+    Args:
+      params: parameters, or their shapes.
+      mesh: of `make_mesh`.
+    """
+
+    def target(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, without_batch_axes(spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(target, params, parameter_specs(params, mesh))
+
+
 def gathered(params: PyTree, mesh: Mesh) -> PyTree:
     """Parameters whole along the batch's axes, as evaluation reads them many times."""
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, without_batch_axes(spec)),
-        parameter_specs(params, mesh),
-    )
+    target = gathered_target(params, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     return jax.jit(lambda same: same, out_shardings=shardings)(params)
 
 

@@ -33,12 +33,15 @@ class TrainState(NamedTuple):
       step: int32 scalar, updates made or left out. With the seed it determines what is
         drawn next.
       guard: what is known of the updates so far.
+      replay: what is kept of earlier batches, `[capacity, ...]`; empty where the
+        objective replays nothing.
     """
 
     params: PyTree
     opt_state: PyTree
     step: jax.Array
     guard: guard.Guard
+    replay: PyTree = ()
 
 
 def init_state(
@@ -46,7 +49,10 @@ def init_state(
 ) -> TrainState:
     """The state before the first update."""
     params = objective.init(jax.random.fold_in(jax.random.key(seed), 0))
-    return TrainState(params, optimizer.init(params), jnp.int32(0), guard.new_guard())
+    replay = objective.replaying.empty() if objective.replaying else ()
+    return TrainState(
+        params, optimizer.init(params), jnp.int32(0), guard.new_guard(), replay
+    )
 
 
 def make_step(
@@ -81,7 +87,9 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), 1)
         key = jax.random.fold_in(key, state.step)
-        gradient, metrics = gradient_of(state.params, batch, key)
+        gradient, metrics, replay = gradient_of(
+            state.params, batch, key, replay=state.replay
+        )
         norm = optax.tree.norm(gradient)
         good, after = guard.judge(state.guard, metrics["loss"], norm, spike_factor)
 
@@ -106,7 +114,8 @@ def make_step(
                 for name, rate in (rates or {}).items()
             },
         }
-        return TrainState(params, opt_state, state.step + 1, after), metrics
+        step = state.step + 1
+        return TrainState(params, opt_state, step, after, replay), metrics
 
     if mesh is None:
         gradient_of = functools.partial(mean_gradient, objective, parts=accumulation)
@@ -126,13 +135,17 @@ def global_mean_gradient(
     key: jax.Array,
     mesh: Mesh,
     parts: int,
-) -> tuple[PyTree, Metrics]:
+    replay: PyTree = (),
+) -> tuple[PyTree, Metrics, PyTree]:
     """`mean_gradient` over the devices of a mesh, and equal to that of one device.
 
     Without `seq` and `model` each device works alone on the sequences it holds.
     Parameters are gathered once before that, and gradients are summed once after it, to
     where their part of a parameter lives: the traffic of a step grows neither with
     refinement steps nor with accumulation. With them, the compiler splits the work.
+
+    With a replay buffer it is not that of one device: each keeps and replays what it
+    refined itself, in its share of the buffer.
 
     Args:
       objective: what to differentiate.
@@ -141,32 +154,39 @@ def global_mean_gradient(
       key: of the draws.
       mesh: of `sharding.make_mesh`.
       parts: accumulation.
+      replay: split over the batch's axes.
     """
     specs = parameter_specs(params, mesh)
     batch = {**batch, "row": jnp.arange(len(batch["weights"]))}
     if mesh.shape["seq"] * mesh.shape["model"] > 1:
         constrain = lambda x, spec: _constrain(x, spec, mesh)
         whole = jax.tree.map(constrain, params, specs)
-        gradient, metrics = mean_gradient(objective, whole, batch, key, parts)
-        return jax.tree.map(constrain, gradient, specs), metrics
+        gradient, metrics, replay = mean_gradient(
+            objective, whole, batch, key, parts, replay
+        )
+        return jax.tree.map(constrain, gradient, specs), metrics, replay
 
-    def local(params: PyTree, batch: Batch, key: jax.Array) -> Any:
+    def local(params: PyTree, batch: Batch, key: jax.Array, replay: PyTree) -> Any:
         whole = jax.tree.map(_gather, params, specs)
-        gradient, metrics = mean_gradient(objective, whole, batch, key, parts)
+        gradient, metrics, replay = mean_gradient(
+            objective, whole, batch, key, parts, replay
+        )
         tokens = metrics.pop("tokens")
         total = jax.lax.psum(tokens, BATCH_AXES)
         share = tokens / jnp.maximum(total, 1.0)
         gradient = jax.tree.map(lambda g, s: _scatter(g * share, s), gradient, specs)
         metrics = {name: share * value for name, value in metrics.items()}
-        return gradient, {**jax.lax.psum(metrics, BATCH_AXES), "tokens": total}
+        metrics = {**jax.lax.psum(metrics, BATCH_AXES), "tokens": total}
+        return gradient, metrics, replay
 
+    of_batch = PartitionSpec(BATCH_AXES)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(specs, PartitionSpec(BATCH_AXES), PartitionSpec()),
-        out_specs=(specs, PartitionSpec()),
+        in_specs=(specs, of_batch, PartitionSpec(), of_batch),
+        out_specs=(specs, PartitionSpec(), of_batch),
         check_vma=False,
-    )(params, batch, key)
+    )(params, batch, key, replay)
 
 
 def _constrain(x: jax.Array, spec: PartitionSpec, mesh: Mesh) -> jax.Array:
@@ -192,8 +212,13 @@ def _scatter(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def mean_gradient(
-    objective: Objective, params: PyTree, batch: Batch, key: jax.Array, parts: int
-) -> tuple[PyTree, Metrics]:
+    objective: Objective,
+    params: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    parts: int,
+    replay: PyTree = (),
+) -> tuple[PyTree, Metrics, PyTree]:
     """Gradient and metrics of a batch, taken in parts of equally many sequences.
 
     Args:
@@ -201,36 +226,52 @@ def mean_gradient(
       params: its parameters.
       batch: `[batch, ...]`; with `row` `[batch]` where this is a part of a larger one.
       key: of the draws.
-      parts: accumulation.
+      parts: accumulation. A part may replay what an earlier one led to.
+      replay: the objective's buffer; empty where it has none.
 
     Returns:
-      The mean gradient and the mean metrics over all tokens; `tokens` is their number.
+      The mean gradient and the mean metrics over all tokens, of which `tokens` is the
+      number, and the new buffer.
     """
-    differentiate = jax.value_and_grad(objective.loss, has_aux=True)
+    differentiate = functools.partial(_gradient, objective)
     if parts == 1:
-        (_, metrics), gradient = differentiate(params, batch, key)
-        return gradient, metrics
+        return differentiate(params, batch, key, replay)
 
     def split(values: jax.Array) -> jax.Array:
         # Every parts-th sequence: each device splits the sequences it already holds.
         return values.reshape(-1, parts, *values.shape[1:]).swapaxes(0, 1)
 
-    def add(total: PyTree, part: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
-        (_, metrics), gradient = differentiate(params, *part)
+    def add(carry: PyTree, part: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
+        total, replay = carry
+        gradient, metrics, replay = differentiate(params, *part, replay)
         tokens = metrics.pop("tokens")
         weighted = jax.tree.map(lambda x: x * tokens, (gradient, metrics))
-        return jax.tree.map(jnp.add, total, (*weighted, tokens)), None
+        return (jax.tree.map(jnp.add, total, (*weighted, tokens)), replay), None
 
     rows = batch["row"] if "row" in batch else jnp.arange(len(batch["weights"]))
     split_batch = jax.tree.map(split, {**batch, "row": rows // parts})
     keys = jax.random.split(key, parts)
     first = jax.tree.map(lambda x: x[0], split_batch)
-    (_, metrics), gradient = jax.eval_shape(differentiate, params, first, keys[0])
+    gradient, metrics, _ = jax.eval_shape(differentiate, params, first, keys[0], replay)
     tokens = metrics.pop("tokens")
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), (gradient, metrics, tokens)
     )
-    (gradient, metrics, tokens), _ = jax.lax.scan(add, zeros, (split_batch, keys))
+    (sums, replay), _ = jax.lax.scan(add, (zeros, replay), (split_batch, keys))
+    gradient, metrics, tokens = sums
     count = jnp.maximum(tokens, 1.0)
     gradient, metrics = jax.tree.map(lambda x: x / count, (gradient, metrics))
-    return gradient, {**metrics, "tokens": tokens}
+    return gradient, {**metrics, "tokens": tokens}, replay
+
+
+def _gradient(
+    objective: Objective, params: PyTree, batch: Batch, key: jax.Array, replay: PyTree
+) -> tuple[PyTree, Metrics, PyTree]:
+    """Gradient and metrics of a whole batch, and the new buffer where there is one."""
+    if objective.replaying is None:
+        differentiate = jax.value_and_grad(objective.loss, has_aux=True)
+        (_, metrics), gradient = differentiate(params, batch, key)
+        return gradient, metrics, replay
+    differentiate = jax.value_and_grad(objective.replaying.loss, has_aux=True)
+    (_, (metrics, replay)), gradient = differentiate(params, batch, key, replay)
+    return gradient, metrics, replay

@@ -11,6 +11,7 @@ import pytest
 from ebt_jax.cli import run as ebt
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import ModelConfig
+from ebt_jax.objective_config import RefineSetup
 from ebt_jax.training import checkpoint, initial
 from ebt_jax.training.config import (
     Config,
@@ -34,7 +35,11 @@ def config_of(vocab=20, kind="ebt", context=16, **train):
     model = ModelConfig(kind=kind, num_layers=2, num_heads=2, dim=8, vocab_size=vocab)
     log = LogConfig(tensorboard=False, plots=False, compilation_cache=False)
     config = Config(
-        model=model, train=TrainConfig(**train), mesh=MeshConfig(data=1), log=log
+        model=model,
+        refine=RefineSetup(noise_std=1.0, noise_learnable=True),
+        train=TrainConfig(**train),
+        mesh=MeshConfig(data=1),
+        log=log,
     )
     data = dataclasses.replace(config.data, context=context)
     return resolve(dataclasses.replace(config, data=data), vocab)
@@ -102,6 +107,19 @@ def test_parameters_of_another_run(trained):
         assert restored.next_example == 0 and int(restored.state.step) == 0
         moments = jax.tree.leaves(restored.state.opt_state)
         assert not any(np.asarray(leaf).any() for leaf in moments)
+
+
+def test_what_is_not_learnt_is_the_configs(trained):
+    # As from System 1, without noise and with another step size, to System 2.
+    path, _, known = trained
+    setup = RefineSetup(noise_std=3.0, step_size_learnable=False)
+    config = dataclasses.replace(config_of(init_from=str(path)), refine=setup)
+    params, _ = begin(config)
+    fresh, _ = begin(dataclasses.replace(config_of(), refine=setup))
+    for name, array in known.items():
+        kept = name in ("step_size", "noise_std")
+        assert np.array_equal(params[name], fresh[name] if kept else array), name
+        assert not np.array_equal(fresh[name], array)
 
 
 @pytest.mark.parametrize("kind", ["ebt", "transformer_pp"])
