@@ -34,6 +34,7 @@ from ebt_jax.verbs import (
     generate,
     inspect,
     prepare,
+    report,
     train,
 )
 
@@ -42,6 +43,7 @@ VERBS = {
     "evaluate": evaluate.VERB,
     "generate": generate.VERB,
     "inspect": inspect.VERB,
+    "report": report.VERB,
     "bench": bench.VERB,
     "prepare": prepare.VERB,
     "checkpoints": checkpoints.VERB,

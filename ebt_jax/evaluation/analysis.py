@@ -204,8 +204,10 @@ def landscape_slice(
     corner = foot(target)["path"]
 
     left = jnp.minimum(corner[..., 0], 0.0)
-    x = _framed(left, jnp.maximum(corner[..., 0], length), points)
-    y = _framed(jnp.zeros_like(height), height, points)
+    right = jnp.maximum(corner[..., 0], length)
+    size = jnp.maximum(right - left, height)
+    x = _framed(left, right, size, points)
+    y = _framed(jnp.zeros_like(height), height, size, points)
     energy_of = functools.partial(model.energy, params, context)
     landscape = jnp.int32(last)
 
@@ -266,9 +268,10 @@ def _direction(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(length[..., None] > SMALLEST, unit, 0.0), length
 
 
-def _framed(low: jax.Array, high: jax.Array, points: int) -> jax.Array:
-    """`[points, ...]` from below low to above high."""
-    margin = MARGIN * jnp.maximum(high - low, SMALLEST)
+def _framed(low: jax.Array, high: jax.Array, size: jax.Array, points: int) -> jax.Array:
+    """`[points, ...]` from below low to above high, and over half of size at least."""
+    missing = jnp.maximum(size / 2 - (high - low), 0.0)
+    margin = MARGIN * jnp.maximum(high - low, SMALLEST) + missing / 2
     return jnp.linspace(low - margin, high + margin, points)
 
 

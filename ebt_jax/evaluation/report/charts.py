@@ -1,0 +1,112 @@
+"""The numbers behind the charts of a report, as `charts.js` draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ebt_jax.evaluation.report.runs import Run, series, thinking_curve, thinned
+from ebt_jax.evaluation.report.thinking import Thoughts
+
+MOST_POINTS = 400  # of a curve; more are averaged
+
+Chart = dict[str, Any]
+
+
+def learning_chart(runs: Sequence[Run]) -> Chart:
+    """Training loss and held-out nll of all runs."""
+    curves = []
+    for i, run in enumerate(runs):
+        loss, size = thinned(series(run.rows, "train/loss"), MOST_POINTS)
+        held_out, _ = thinned(series(run.rows, "eval/nll"), MOST_POINTS)
+        means = f", means of {size}" if size > 1 else ""
+        curves += [
+            _learnt(f"{run.name}, training{means}", i, "thin", loss),
+            _learnt(f"{run.name}, held out", i, "thick", held_out),
+        ]
+    return {
+        "axes": [
+            {"name": "step", "label": "optimiser step", "integer": True},
+            {"name": "seconds", "label": "seconds of training", "integer": False},
+        ],
+        "y": "nats per token",
+        "log": True,
+        "cut": True,
+        "series": [curve for curve in curves if curve["y"]],
+    }
+
+
+def thinking_chart(runs: Sequence[Run]) -> Chart:
+    """Held-out nll against refinement steps; a line across where there are none."""
+    curves = []
+    for i, run in enumerate(runs):
+        curve = thinking_curve(run.results)
+        if curve:
+            curves.append(_stepwise(run.name, i, 1, curve))
+        elif "eval/nll" in run.results and "eval/energy_gap" not in run.results:
+            nll = run.results["eval/nll"]
+            curves.append({"label": run.name, "run": i, "kind": "level", "y": nll})
+    return _per_step("refinement step", "held-out nats per token", curves)
+
+
+def energy_chart(runs: Sequence[Run], thoughts: Sequence[Thoughts | None]) -> Chart:
+    """Mean energy of the candidates of the token view."""
+    curves = [
+        _stepwise(run.name, i, 0, _means(thought.trace.energy, thought))
+        for i, (run, thought) in enumerate(zip(runs, thoughts, strict=True))
+        if thought is not None and thought.trace.energy is not None
+    ]
+    return _per_step("refinement steps taken", "mean energy", curves)
+
+
+def gradient_chart(runs: Sequence[Run], thoughts: Sequence[Thoughts | None]) -> Chart:
+    """Mean norm of the inner gradients of the token view."""
+    curves = [
+        _stepwise(run.name, i, 1, _means(thought.trace.gradient_norm, thought))
+        for i, (run, thought) in enumerate(zip(runs, thoughts, strict=True))
+        if thought is not None and thought.trace.gradient_norm is not None
+    ]
+    return _per_step("refinement step", "mean gradient norm", curves)
+
+
+def finite(value: float) -> float | None:
+    """A number of five digits, None where JSON has none for it."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def finite_list(array: Any) -> Any:
+    """A nested list of what `finite` makes of an array."""
+    if np.ndim(array):
+        return [finite_list(row) for row in array]
+    return finite(float(array))
+
+
+def _learnt(
+    label: str, run: int, kind: str, points: list[tuple[int, float, float]]
+) -> dict[str, Any]:
+    steps, seconds, values = zip(*points, strict=True) if points else ((), (), ())
+    x = {"step": list(steps), "seconds": finite_list(seconds)}
+    y = finite_list(values)
+    return {"label": label, "run": run, "kind": kind, "x": x, "y": y}
+
+
+def _stepwise(
+    label: str, run: int, first: int, values: Sequence[float]
+) -> dict[str, Any]:
+    steps = list(range(first, first + len(values)))
+    y = finite_list(values)
+    return {"label": label, "run": run, "kind": "thick", "x": {"step": steps}, "y": y}
+
+
+def _per_step(x: str, y: str, curves: list[dict[str, Any]]) -> Chart:
+    axes = [{"name": "step", "label": x, "integer": True}]
+    return {"axes": axes, "y": y, "log": False, "cut": False, "series": curves}
+
+
+def _means(array: Any, thoughts: Thoughts) -> list[float]:
+    """Of `[steps, predictions]` over those that are scored."""
+    scored = array[:, thoughts.scored]
+    return [float(row.mean()) for row in scored] if scored.size else []

@@ -1,0 +1,91 @@
+"""From workdirs to the file: what `ebt report` does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ebt_jax.errors import UserError
+from ebt_jax.evaluation.report.page import page
+from ebt_jax.evaluation.report.runs import Run, read_runs
+from ebt_jax.evaluation.report.thinking import Thoughts, think_over
+from ebt_jax.training.workdir import replace_text
+
+
+def make_report(
+    workdirs: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    tokens: int = 256,
+    steps: int = 0,
+    command: str = "",
+) -> Path:
+    """Writes one HTML file about one or more runs; progress goes to stderr.
+
+    What is damaged or missing in a run is named in the page.
+
+    Args:
+      workdirs: of the runs.
+      out: the file; folders on its way are made.
+      tokens: held-out tokens that each model is looked at with; 0: no model is run.
+      steps: refinement steps shown; 0 for each run's `eval.curve_steps`.
+      command: what the page says that it was made with.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      UserError: if a workdir is no run, or the file cannot be written.
+    """
+    file = check_out(out)
+    runs = read_runs(workdirs)
+    thoughts = [_look_into(run, tokens, steps) if tokens else None for run in runs]
+    text = page(runs, thoughts, command)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, text)
+    except OSError as error:
+        raise UserError(
+            f"--out {file} cannot be written: {error.strerror}; name another file"
+        ) from error
+    _say(f"{file}: {len(text.encode()) / 1e6:.1f} MB, opens in a browser")
+    return file
+
+
+def check_out(out: str | os.PathLike[str]) -> Path:
+    """The absolute path of a file that can be written. Creates nothing.
+
+    Raises:
+      UserError: if it cannot.
+    """
+    file = Path(out).expanduser().absolute()
+    if file.is_dir():
+        raise UserError(f"--out {file} is a folder; name a file, such as report.html")
+    existing = next(path for path in file.parents if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(
+            f"--out {file} cannot be made: {existing} is not a folder; name another"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--out {file} cannot be written: no permission in {existing}; change "
+            "that, or name another"
+        )
+    return file
+
+
+def _look_into(run: Run, tokens: int, steps: int) -> Thoughts | None:
+    if run.config is None:
+        return None  # its notes say why
+    _say(f"{run.name}: running the model over {tokens} held-out tokens")
+    try:
+        return think_over(run.path, tokens=tokens, steps=steps)
+    except UserError as error:
+        run.notes.append(f"the model could not be run: {error}")
+        return None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,227 @@
+"""What is in the workdirs of runs, read so that damage costs no more than its piece.
+
+What is missing or damaged becomes a note of the run, and the report goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ebt_jax.errors import UserError
+from ebt_jax.training.config import Config, from_json
+
+Row = dict[str, Any]
+Scalars = dict[str, float | int | str | bool]
+
+
+class Run(NamedTuple):
+    """A workdir.
+
+    Attributes:
+      path: of the workdir, absolute.
+      name: short, and no other run's of the report.
+      settings: `config.json`, dotted keys; empty if it cannot be read.
+      config: the same, checked; None if it is not one of this version.
+      rows: objects of `metrics.jsonl`, numbers that were not finite left out.
+      results: `summary.json`, else the last evaluation of the metrics.
+      tasks: benchmark tasks by name, what is scalar in their files, dotted keys.
+      notes: what is missing or damaged, a sentence each.
+    """
+
+    path: Path
+    name: str
+    settings: Scalars
+    config: Config | None
+    rows: list[Row]
+    results: dict[str, float]
+    tasks: dict[str, Scalars]
+    notes: list[str]
+
+
+def read_runs(workdirs: Sequence[str]) -> list[Run]:
+    """Reads workdirs.
+
+    Raises:
+      UserError: if there is none, one is no run, or one is named twice.
+    """
+    if not workdirs:
+        raise UserError("--workdir is missing; give it the folders of one or more runs")
+    paths = [Path(workdir).expanduser().absolute() for workdir in workdirs]
+    for path in paths:
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"{path} holds no run: there is no config.json; name workdirs that "
+                "`ebt train` was given, separated by commas"
+            )
+    real = [path.resolve() for path in paths]
+    for i, path in enumerate(real):
+        if path in real[:i]:
+            raise UserError(f"--workdir names {paths[i]} twice; name each run once")
+    names = short_names(paths)
+    return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Reads a workdir, whatever state it is in."""
+    notes: list[str] = []
+    settings, config = _read_config(path, notes)
+    rows = _read_rows(path, notes)
+    results = _read_results(path, rows, notes)
+    tasks = _read_tasks(path, notes)
+    return Run(path, name, settings, config, rows, results, tasks, notes)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of paths, as many of them as tell one from another."""
+    longest = max(len(path.parts) for path in paths)
+    for length in range(1, longest + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def series(rows: Sequence[Row], name: str) -> list[tuple[int, float, float]]:
+    """Step, seconds of the run and value of every row that has a value.
+
+    Args:
+      rows: of a run.
+      name: of the value, such as `train/loss`.
+    """
+    return [
+        (row["step"], row["seconds"] if "seconds" in row else math.nan, row[name])
+        for row in rows
+        if name in row
+    ]
+
+
+def thinned(
+    points: Sequence[tuple[int, float, float]], most: int
+) -> tuple[list[tuple[int, float, float]], int]:
+    """At most so many points, each the mean of as many neighbours.
+
+    Returns:
+      The points, and of how many each is the mean.
+    """
+    size = max(1, math.ceil(len(points) / most))
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    means = [
+        tuple(sum(column) / len(group) for column in zip(*group, strict=True))
+        for group in groups
+    ]
+    return [(round(step), seconds, value) for step, seconds, value in means], size
+
+
+def thinking_curve(results: dict[str, float]) -> list[float]:
+    """Held-out nll after 1, 2, ... refinement steps; empty if there is no curve."""
+    curve, step = [], 1
+    while f"thinking/nll/step_{step}" in results:
+        curve.append(results[f"thinking/nll/step_{step}"])
+        step += 1
+    return curve
+
+
+def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs; None where a run has no such one."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    values = {key: [run.settings.get(key) for run in runs] for key in keys}
+    readable = [i for i, run in enumerate(runs) if run.settings]
+    return {
+        key: found
+        for key, found in values.items()
+        if any(found[i] != found[readable[0]] for i in readable)
+    }
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Scalars:
+    """Numbers, texts and truth values of a nested dict, by dotted keys."""
+    found: Scalars = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, str | int | float):
+            found[prefix + key] = value
+    return found
+
+
+def _read_config(path: Path, notes: list[str]) -> tuple[Scalars, Config | None]:
+    text = ""
+    try:
+        text = (path / "config.json").read_text()
+        settings = flat(json.loads(text))
+    except (OSError, ValueError, AttributeError) as error:
+        notes.append(f"config.json cannot be read ({_reason(error)}): no settings")
+        return {}, None
+    try:
+        return settings, from_json(text)
+    except (ValueError, TypeError, AttributeError) as error:
+        notes.append(
+            f"config.json is not of this version of EBT-JAX ({error}): its settings "
+            "are shown, but nothing that needs the model"
+        )
+        return settings, None
+
+
+def _read_rows(path: Path, notes: list[str]) -> list[Row]:
+    try:
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+    except (OSError, ValueError) as error:
+        notes.append(f"metrics.jsonl cannot be read ({_reason(error)}): no curves")
+        return []
+    rows, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = _numbers(json.loads(line))
+            row["step"] = int(row["step"])
+            rows.append(row)
+        except (ValueError, KeyError, AttributeError):
+            damaged.append(number)
+    if damaged:
+        which = ", ".join(map(str, damaged[:5])) + (", ..." if damaged[5:] else "")
+        notes.append(f"metrics.jsonl: line {which} is damaged and left out")
+    if not rows and not damaged:
+        notes.append("metrics.jsonl is empty: the run has logged nothing yet")
+    return rows
+
+
+def _read_results(path: Path, rows: list[Row], notes: list[str]) -> dict[str, float]:
+    try:
+        return _numbers(json.loads((path / "summary.json").read_text()))
+    except FileNotFoundError:
+        why = "summary.json is missing: the run has not finished"
+    except (OSError, ValueError, AttributeError) as error:
+        why = f"summary.json cannot be read ({_reason(error)})"
+    notes.append(f"{why}; results are those of the last evaluation in metrics.jsonl")
+    evaluated = [row for row in rows if "eval/nll" in row]
+    return evaluated[-1] if evaluated else {}
+
+
+def _read_tasks(path: Path, notes: list[str]) -> dict[str, Scalars]:
+    tasks = {}
+    for file in sorted((path / "tasks").glob("*.json")):
+        try:
+            tasks[file.stem] = flat(json.loads(file.read_text()))
+        except (OSError, ValueError, AttributeError) as error:
+            notes.append(f"tasks/{file.name} cannot be read ({_reason(error)})")
+    return tasks
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """Those that are numbers: what was not finite is null."""
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is none"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error)
