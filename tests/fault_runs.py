@@ -278,7 +278,7 @@ def compare(workdir: Path, expected: Path, tolerance: float = 0.0) -> list[str]:
     Args:
       workdir: of the run.
       expected: of the other.
-      tolerance: relative, of numbers; 0 for equality bit for bit.
+      tolerance: relative, of numbers below 1 absolute; 0 for equality bit for bit.
 
     Returns:
       A line for each kind of difference; empty if there is none.
@@ -318,7 +318,8 @@ def compare_rows(ours: Rows, theirs: Rows, tolerance: float) -> list[str]:
 def _close(a: float | None, b: float | None, tolerance: float) -> bool:
     if a is None or b is None or not tolerance:
         return a == b
-    return abs(a - b) <= tolerance * max(abs(a), abs(b))
+    # An energy near 0 is what is left of larger numbers, and of their rounding.
+    return abs(a - b) <= tolerance * max(1.0, abs(a), abs(b))
 
 
 class Trial(NamedTuple):

@@ -166,6 +166,7 @@ def test_a_start_is_watched_for_a_moment(tmp_path, monkeypatch, kind):
         assert start.wait_for_line("hello")
         if kind == "sealing":
             (path / "checkpoints" / "4").mkdir()
+        assert start.wait_for(Moment("update", 1, 0.0))
         assert start.wait_for(Moment(kind, 1, 0.001))
         start.process.send_signal(signal.SIGKILL)
         assert start.end() == -signal.SIGKILL
