@@ -1,7 +1,7 @@
 """The contracts between models, losses and everything that uses them.
 
 A model is an `EnergyModel` or a `FeedForward`; `objectives.py` makes an `Objective` of
-it, which is four pure functions. The train loop, the evaluation and the text generator
+it, a few pure functions. The train loop, the evaluation and the text generator
 see nothing else, so a feed-forward baseline is just another objective.
 
 Batches are dicts of arrays. Every modality has `weights` `[*batch]`, float, 0 where a
@@ -39,6 +39,10 @@ class Objective(NamedTuple):
         text logits `[batch, seq, vocab]`. Draws as in `evaluate`. A feed-forward model
         does not think, whatever it is told.
       decoder: continues sequences; None where the model has no `caching`.
+      assess: `(params, batch, key, thinking) -> arrays` of the predictions of
+        `predict`: `nll` `[1, *batch]`, `energy` `[2, *batch]`, as first and last of
+        `evaluate`, and `[*batch]` what `Thought.effort` holds and `spread`. None of a
+        model that does not think.
       replaying: the loss with a replay buffer; None where there is none.
     """
 
@@ -47,6 +51,7 @@ class Objective(NamedTuple):
     evaluate: Callable[[PyTree, Batch, jax.Array, int], dict[str, jax.Array]]
     predict: Callable[[PyTree, Batch, jax.Array, Thinking], PyTree]
     decoder: Decoder | None = None
+    assess: Callable[..., dict[str, jax.Array]] | None = None
     replaying: Replaying | None = None
 
 
@@ -74,8 +79,8 @@ class Decoder(NamedTuple):
       prefill: `(params, tokens, lengths) -> cache`; tokens `[batch, capacity]`, with
         anything behind the end of a sequence, lengths `[batch]`, at least 1.
       predict: `(params, cache, index, key, thinking) -> Thought`, what follows each
-        sequence: candidates `[batch, ...]`, for text logits `[batch, vocab]`, and their
-        refinement steps `[batch]`. The same as `Objective.predict` gives at the last
+        sequence: candidates `[batch, ...]`, for text logits `[batch, vocab]`, and what
+        they took. The same as `Objective.predict` gives at the last
         position of a sequence named `index`.
       append: `(params, cache, tokens) -> cache`, one token `[batch]` more. A sequence
         that outgrows the capacity is lost; no other is.

@@ -39,7 +39,7 @@ from ebt_jax.refine import (
 )
 from ebt_jax.refined_loss import make_loss, make_replaying, make_score
 from ebt_jax.replay import ReplayConfig
-from ebt_jax.thinking import Thinking, Thought, final_energy, think
+from ebt_jax.thinking import Effort, Thinking, Thought, final_energy, think
 
 
 def refined(
@@ -150,6 +150,27 @@ def refined(
         keys = prediction_keys(key, batch["index"], _positions(batch))
         return thought(params, context, batch, keys, thinking).candidate
 
+    def assess(
+        params: PyTree, batch: Batch, key: jax.Array, thinking: Thinking
+    ) -> dict[str, jax.Array]:
+        context = model.encode_context(params, batch)
+        keys = prediction_keys(key, batch["index"], _positions(batch))
+        made = thought(params, context, batch, keys, thinking)
+        config = evaluated(0)
+        first = initial(fold_in(keys, 0), batch)
+        if config.normalize_steps != "none":
+            first = model.normalize(first)
+        final = final_energy(
+            model.energy, params, context, made.candidate, config, model.normalize
+        )
+        before = model.energy(params, context, first, jnp.int32(0))
+        return {
+            **made.effort._asdict(),
+            "nll": model.loss(made.candidate, batch)[None],
+            "energy": jnp.stack([before, final]),
+            "spread": made.spread,
+        }
+
     def predict_next(
         caching: Caching,
         params: PyTree,
@@ -171,6 +192,7 @@ def refined(
         evaluate,
         predict,
         decoder,
+        assess,
         replaying=replaying,
     )
 
@@ -207,7 +229,8 @@ def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
     ) -> Thought:
         del key, thinking
         predicted = jax.tree.map(lambda y: y[:, 0], caching.following(params, cache))
-        return Thought(predicted, jnp.zeros(index.shape, jnp.int32))
+        none = jnp.zeros(index.shape, jnp.int32)
+        return Thought(predicted, Effort(none, none, none), none.astype(jnp.float32))
 
     decoder = _decoder(model.caching, predict_next)
     return Objective(model.init, loss, evaluate, predict, decoder)

@@ -40,6 +40,13 @@ from jax.typing import ArrayLike
 from ebt_jax.meta_gradient import EnergyFn, PyTree, accumulator, energy_and_gradient
 from ebt_jax.randomness import fold_in, normal_like, typed, uniform
 from ebt_jax.refine_config import RefineConfig, Schedule, make_schedule, require
+from ebt_jax.refine_step import (
+    check_energy,
+    energy_space,
+    float_dtype,
+    update,
+    where,
+)
 
 __all__ = [
     "Converged",
@@ -167,7 +174,7 @@ def refine(
         of the candidate's, a dtype is not floating, or something has to be drawn and
         there is no key.
     """
-    batch = _check_energy(energy_fn, params, context, candidate)
+    batch = check_energy(energy_fn, params, context, candidate)
     observe = energy_and_norm if observe is None else observe
     noisy = noise_std is not None or config.noise_std > 0
     jittered = jitter is not None or config.step_size_jitter > 1
@@ -181,7 +188,7 @@ def refine(
         shared = key is not None and not keys[0].ndim
         schedule = make_schedule(config, keys[0] if shared else None)
     scale = config.noise_std if noise_std is None else noise_std
-    base = jnp.asarray(step_size, _float_dtype(candidate))
+    base = jnp.asarray(step_size, float_dtype(candidate))
     sizes = base
     if jittered:
         if jitter is None:
@@ -210,18 +217,18 @@ def refine(
                 else jax.tree.map(lambda n: n[index], noise)
             )
             start = jax.tree.map(lambda z, n: z + scale * n, start, normals)
-        before = _normalize(normalize, config.normalize_steps, start, landscape)
+        before = energy_space(normalize, config.normalize_steps, start, landscape)
         energy, gradient = gradient_fn(params, context, before, landscape, taken)
         if constant_gradient:
             gradient = jax.lax.stop_gradient(gradient)
-        after, state = _update(
+        after, state = update(
             before, gradient, sizes, base, config, transform, transform_state, batch
         )
         is_last = slot == num_steps - 1
         seen = observe(Step(index, landscape, is_last, before, after, energy, gradient))
         if taken is not None:
-            after, state = _where(taken, (after, state), (stored, transform_state))
-            seen = _where(taken, seen, jax.tree.map(jnp.zeros_like, seen))
+            after, state = where(taken, (after, state), (stored, transform_state))
+            seen = where(taken, seen, jax.tree.map(jnp.zeros_like, seen))
         return (after, state), seen
 
     carry = (
@@ -291,14 +298,14 @@ def refine_until(
     """
     require(max_steps >= 1, "max_steps", max_steps, "at least 1")
     require(tolerance >= 0, "tolerance", tolerance, "zero or positive")
-    batch = _check_energy(energy_fn, params, context, candidate)
+    batch = check_energy(energy_fn, params, context, candidate)
     noisy = noise_std is not None or config.noise_std > 0
     if noisy and key is None:
         raise ValueError("refine_until has to draw noise but got key=None; pass a key")
     key = None if key is None else fold_in(typed(key), 2)  # draws what `refine` does
     scale = config.noise_std if noise_std is None else noise_std
     candidate = jax.tree.map(jnp.asarray, candidate)
-    base = jnp.asarray(step_size, _float_dtype(candidate))
+    base = jnp.asarray(step_size, float_dtype(candidate))
     gradient_fn = energy_and_gradient(energy_fn, "autodiff")
     last = config.num_landscapes - 1
 
@@ -313,15 +320,15 @@ def refine_until(
         if key is not None and noisy:
             normals = normal_like(fold_in(key, index), start, len(batch))
             start = jax.tree.map(lambda z, n: z + scale * n, start, normals)
-        before = _normalize(normalize, config.normalize_steps, start, landscape)
+        before = energy_space(normalize, config.normalize_steps, start, landscape)
         energy, gradient = gradient_fn(params, context, before, landscape, None)
         falling = (energy < previous - tolerance) & jnp.isfinite(energy)
         running &= falling | ((index <= last) & jnp.isfinite(energy))
-        after, new_state = _update(
+        after, new_state = update(
             before, gradient, base, base, config, transform, state, batch
         )
-        stored = _where(running, after, stored)
-        state = _where(running.any(), new_state, state)
+        stored = where(running, after, stored)
+        state = where(running.any(), new_state, state)
         previous = jnp.where(running, energy, previous)
         return index + 1, stored, state, previous, count + running, running
 
@@ -336,80 +343,3 @@ def refine_until(
     )
     _, stored, _, energy, count, running = jax.lax.while_loop(unfinished, step, carry)
     return Converged(stored, energy, count, ~running)
-
-
-def _update(before, gradient, sizes, base, config, transform, state, batch):
-    """One descent step from `before`: clamp, transform, step, clip, sharpen."""
-
-    def expand(size, leaf):
-        shape = (1,) * (len(batch) - size.ndim) + size.shape
-        return size.reshape(shape + (1,) * (leaf.ndim - len(batch)))
-
-    if config.gradient_clamp:
-        gradient = jax.tree.map(
-            lambda g: jnp.clip(
-                g,
-                -config.gradient_clamp / expand(base, g),
-                config.gradient_clamp / expand(base, g),
-            ),
-            gradient,
-        )
-    if transform is not None:
-        gradient, state = transform.update(gradient, state, before)
-    after = jax.tree.map(lambda c, g: c - expand(sizes, c) * g, before, gradient)
-    if config.absolute_clamp:
-        limit = config.absolute_clamp
-        after = jax.tree.map(lambda z: jnp.clip(z, -limit, limit), after)
-    if config.sharpen:
-        after = jax.tree.map(lambda z: z / config.sharpen, after)
-    return after, state
-
-
-def _normalize(normalize, steps, stored, landscape):
-    if normalize is None or steps == "none":
-        return stored
-    if steps == "all":
-        return normalize(stored)
-    return _where(landscape == 0, normalize(stored), stored)
-
-
-def _check_energy(energy_fn, params, context, candidate) -> tuple[int, ...]:
-    """Checks candidate and energy before any numerics; returns the batch shape."""
-    leaves = jax.tree.leaves(candidate)
-    if not leaves:
-        raise ValueError("candidate is an empty pytree; it needs at least one array")
-    for leaf in leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"candidate has dtype {jnp.result_type(leaf)}, but refinement needs "
-                "gradients; pass floating-point arrays"
-            )
-    energy = jax.eval_shape(energy_fn, params, context, candidate, jnp.int32(0))
-    if not isinstance(energy, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"energy_fn returned {type(energy).__name__}, expected an array of energies"
-        )
-    if not jnp.issubdtype(energy.dtype, jnp.floating):
-        raise TypeError(f"energy_fn returned dtype {energy.dtype}, expected a float")
-    for leaf in leaves:
-        shape = jnp.shape(leaf)
-        if shape[: energy.ndim] != energy.shape:
-            raise ValueError(
-                f"energy_fn returned shape {energy.shape}, expected a leading part of "
-                f"the candidate's shape {shape}, e.g. {shape[:-1]}"
-            )
-    return energy.shape
-
-
-def _where(condition, new, old):
-    """Leaf-wise `jnp.where`, the condition broadcast from the leading axes."""
-
-    def choose(a, b):
-        extra = (1,) * (jnp.ndim(a) - jnp.ndim(condition))
-        return jnp.where(jnp.reshape(condition, condition.shape + extra), a, b)
-
-    return jax.tree.map(choose, new, old)
-
-
-def _float_dtype(tree):
-    return jnp.result_type(*jax.tree.leaves(tree))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from ebt_jax.interfaces import Decoder
-from ebt_jax.thinking import Thought
+from ebt_jax.thinking import Effort, Thought
 
 
 def recomputing(predict):
@@ -19,7 +19,9 @@ def recomputing(predict):
         }
         logits = predict(params, batch, key, thinking)
         steps = jnp.full(lengths.shape, thinking.num_steps)
-        return Thought(logits[jnp.arange(len(lengths)), lengths - 1], steps)
+        effort = Effort(steps, steps, 0 * steps)
+        spread = jnp.zeros(lengths.shape)
+        return Thought(logits[jnp.arange(len(lengths)), lengths - 1], effort, spread)
 
     def append(params, cache, new):
         tokens, lengths = cache

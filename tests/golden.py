@@ -29,8 +29,9 @@ from ebt_jax.errors import UserError
 from ebt_jax.interfaces import Draws
 from ebt_jax.objective_config import MIN_STEP_SIZE
 from ebt_jax.objectives import refined
+from ebt_jax.randomness import fold_in
 from ebt_jax.refine import Schedule, make_schedule, refine
-from ebt_jax.thinking import AS_TRAINED
+from ebt_jax.thinking import AS_TRAINED, Thinking, final_energy, think
 from ebt_jax.training.config import Config
 from ebt_jax.training.objective import build_objective
 
@@ -59,17 +60,25 @@ def run_case(path: str | pathlib.Path) -> dict[str, Comparison]:
     with np.load(path) as file:
         case = dict(file)
     flags = json.loads(str(case.pop("config")))
-    if "mode" in flags:
-        raise UserError(f"golden mode={flags['mode']!r} is not supported")
+    mode = flags.pop("mode", "train")
+    if mode not in ("train", "thinking"):
+        raise UserError(f"golden mode={mode!r} is not supported")
+    inference = {
+        name: flags.pop(name) for name in list(flags) if name.startswith("infer_")
+    }
     group = lambda kind: {
         name.removeprefix(kind): array
         for name, array in case.items()
         if name.startswith(kind)
     }
     inputs, expected = group("in/"), group("out/")
+    if mode == "thinking":  # where candidates are on the simplex, whatever else is set
+        flags["normalize_initial_condition"] = True
     config = interop.config_from_reference(flags)
     params = interop.from_reference(group("param/"), config)
-    if config.model.kind == "transformer_pp":
+    if mode == "thinking":
+        program = thought(config, inference)
+    elif config.model.kind == "transformer_pp":
         program = transformer_pp(config)
     else:
         phase = flags["phase"] if "phase" in flags else "train"
@@ -78,7 +87,9 @@ def run_case(path: str | pathlib.Path) -> dict[str, Comparison]:
 
     def run(params: Any, inputs: Arrays) -> Arrays:
         outputs, gradients = program(params, inputs)
-        named = interop.to_reference(gradients, config)
+        named = {}
+        if gradients is not None:
+            named = interop.to_reference(gradients, config)
         return {
             **{f"out/{name}": np.asarray(array) for name, array in outputs.items()},
             **{f"grad/{name}": array for name, array in named.items()},
@@ -180,6 +191,97 @@ def ebt(config: Config, steps: int, phase: str) -> Program:
         }, gradients
 
     return program
+
+
+def thought(config: Config, flags: Arrays) -> Program:
+    """Energies of all candidates at every step, and the predictions that are taken.
+
+    The published code starts from given candidates, those of a prediction in a row.
+    """
+    setup, model = config.refine, models.build(config.model)
+    thinking = thinking_from_reference(flags, config)
+    refinement = dataclasses.replace(
+        setup,
+        num_steps=thinking.num_steps * setup.num_landscapes
+        if thinking.landscapes == "each"
+        else thinking.num_steps,
+        final_landscape_only=thinking.landscapes == "last",
+    )
+
+    def program(params: Any, inputs: Arrays) -> tuple[Arrays, Any]:
+        tokens = jnp.asarray(inputs["tokens"], jnp.int32)
+        samples = thinking.best_of
+        starts = inputs["init"].reshape(len(tokens), samples, *inputs["init"].shape[1:])
+        context = model.encode_context(params, {"tokens": tokens})
+        shared = {"step_size": params["step_size"], "normalize": model.normalize}
+        # Keys stand for themselves here: the n-th attempt is handed the n-th start.
+        keys = jax.vmap(jax.random.key)(jnp.arange(tokens.size)).reshape(tokens.shape)
+        others = [fold_in(keys, i) for i in range(2, samples + 1)]
+        order = jnp.stack([fold_in(k, 0) for k in (keys, *others)])
+        known = jax.random.key_data(order)
+
+        def initial(attempt: jax.Array) -> jax.Array:
+            same = (known == jax.random.key_data(attempt)).all(axis=(1, 2, 3))
+            return starts[:, jnp.argmax(same)]
+
+        prediction = think(
+            model.energy,
+            params,
+            context,
+            keys,
+            initial=initial,
+            thinking=thinking,
+            config=setup,
+            **shared,
+        ).candidate
+        factor = thinking.step_size or 1.0
+        shared["step_size"] = factor * (params["step_size"] if factor <= 1 else 1.0)
+
+        def follow(start: jax.Array) -> jax.Array:
+            refined = refine(
+                model.energy,
+                params,
+                context,
+                start,
+                config=refinement,
+                observe=lambda step: step.energy,
+                **shared,
+            )
+            final = final_energy(
+                model.energy,
+                params,
+                context,
+                refined.candidate,
+                refinement,
+                model.normalize,
+            )
+            return jnp.concatenate([refined.trajectory, final[None]])
+
+        energies = jax.vmap(follow, in_axes=1, out_axes=2)(starts)
+        energies = energies.reshape(len(energies), -1, tokens.shape[1])
+        return {"energies": energies, "prediction": prediction}, None
+
+    return program
+
+
+def thinking_from_reference(flags: Arrays, config: Config) -> Thinking:
+    """How the published code was told to think.
+
+    Its number of steps is that of each landscape, or with `infer_steps_final_landscape`
+    of the last one alone.
+    """
+    steps, last = flags["infer_ebt_num_steps"], config.refine.num_landscapes - 1
+    only_last = flags["infer_steps_final_landscape"]
+    if config.model.conditioning == "default":
+        only_last, last = True, 0
+    by = {"min": "energy", "max_gap": "drop"}[flags["infer_energy_sampling_technique"]]
+    return Thinking(
+        num_steps=steps + last if only_last else steps,
+        best_of=flags["infer_generated_samples"],
+        by=by,
+        landscapes="last" if only_last else "each",
+        step_size=float(flags["infer_ebt_override_alpha"]),
+    )
 
 
 def relative_error(actual: Any, expected: np.ndarray) -> float:

@@ -119,7 +119,10 @@ def test_help_does_not_wait_for_jax():
         (["evaluate"], "--workdir is missing"),
         (["generate", "--workdir=x"], "--prompt is missing"),
         (["generate", "--workdir=x", "--prompt=a", "--samples=0"], "--samples=0"),
-        (["generate", "--workdir=x", "--prompt=a", "--best_of=0"], "--best_of=0"),
+        (
+            ["generate", "--workdir=x", "--prompt=a", "--think=best_of:n=0"],
+            "--think=best_of:n=0: best_of is 0, but has to be at least 1",
+        ),
         (
             ["generate", "--workdir=x", "--prompt=a", "--prompt=b", "--stream"],
             "--stream prints the text of one continuation, not of 2",
@@ -139,7 +142,14 @@ def test_help_does_not_wait_for_jax():
         (["evaluate", "runs/a"], "unexpected 'runs/a'"),
         (["evaluate", "--workdir"], "Missing value for flag --workdir"),
         (["evaluate", "--workdir=x", "--sequences=few"], "--sequences=few"),
-        (["evaluate", "--workdir=x", "--num_steps=-1"], "--num_steps=-1"),
+        (
+            ["evaluate", "--workdir=x", "--think=fixed:steps=-1"],
+            "--think=fixed:steps=-1: num_steps is -1",
+        ),
+        (
+            ["evaluate", "--workdir=x", "--think=untill"],
+            "there is no policy 'untill'; did you mean 'until'?",
+        ),
         (["evaluate", "--workdir=nowhere"], "nowhere holds no run"),
         (["generate", "--workdir=nowhere", "--prompt=a"], "nowhere holds no run"),
     ],
@@ -227,11 +237,11 @@ def test_another_config_in_the_workdir(fails, folder, workdir):
         ),
         (["generate", "--prompt=a", "--new=0"], "new_tokens is 0"),
         (
-            ["generate", "--prompt=a", "--num_steps=1", "--tolerance=1"],
+            ["generate", "--prompt=a", "--think=until:tolerance=1,steps=1"],
             "nothing to end",
         ),
         (
-            ["generate", "--prompt=a", "--num_steps=9", "--tolerance=-1"],
+            ["evaluate", "--think=until:tolerance=-1,steps=9"],
             "tolerance is -1.0",
         ),
     ],
@@ -307,13 +317,31 @@ def test_evaluate_scores_any_text_at_any_number_of_steps(capsys, workdir, folder
     other = folder / "other.txt"
     other.write_text("Another text, all of which is scored.")
     table = output(
-        capsys, "evaluate", f"--workdir={workdir}", f"--data={other}", "--num_steps=3"
+        capsys,
+        "evaluate",
+        f"--workdir={workdir}",
+        f"--data={other}",
+        "--think=fixed:steps=3",
     )
     rows = {line.split()[0]: line.split()[1] for line in table.splitlines()}
     assert rows["tokens"] == "36"
     assert rows["data"] == str(other)
     assert rows["nll"] == rows["nll/step_3"]
     assert "nats per token" in table
+
+
+def test_evaluate_thinks_as_it_is_told_and_tells_what_it_took(capsys, workdir):
+    flags = [f"--workdir={workdir}", "--sequences=4", "--json"]
+    think = lambda text: json.loads(
+        output(capsys, "evaluate", *flags, f"--think={text}")
+    )
+    plain, until = think("fixed:steps=4"), think("until:steps=4,tolerance=0.05")
+    assert plain["energy_gradients"] == plain["refinement_steps"] == 4
+    assert 2 <= until["refinement_steps"] < until["energy_gradients"] <= 4
+    assert until["nll"] > 0 and "nll/step_1" not in until
+    assert until["energy_before"] == pytest.approx(plain["energy_before"], rel=1e-5)
+    several = think("lower:steps=3+best_of:n=2,by=drop")
+    assert several["energy_spread"] > 0 and several["energy_evaluations"] == 4
 
 
 def test_json_has_null_for_what_is_not_finite(capsys, workdir, monkeypatch):
@@ -334,7 +362,7 @@ def test_generate_continues_every_prompt(capsys, workdir):
 
 def test_generate_prints_lines_of_json(capsys, workdir):
     flags = [f"--workdir={workdir}", "--json", "--new=4", "--samples=2", "--stop=b"]
-    thinking = ["--num_steps=5", "--best_of=2", "--tolerance=0.01"]
+    thinking = ["--think=until:steps=5,tolerance=0.01+best_of:n=2"]
     prompts = ["--prompt=Energy", "--prompt=ans"]
     lines = output(capsys, "generate", *flags, *thinking, *prompts).splitlines()
     rows = [json.loads(line) for line in lines]
@@ -348,6 +376,8 @@ def test_generate_prints_lines_of_json(capsys, workdir):
         text = row["prompt"].encode() + bytes(row["tokens"])
         assert row["text"] == text.decode(errors="replace")
         assert 1 <= row["refinement_steps"] <= 5
+        assert row["energy_gradients"] >= 2 * row["refinement_steps"] - 5
+        assert row["energy_evaluations"] == 2
     plain = output(capsys, "generate", *flags[:1], *flags[2:], *thinking, *prompts)
     assert plain == "\n\n".join(row["text"] for row in rows) + "\n"
 
@@ -369,8 +399,8 @@ def test_a_baseline_does_not_think(fails, workdir, tmp_path):
     config = json.loads((workdir / "config.json").read_text())
     config["model"]["kind"] = "transformer_pp"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for flag in ("--num_steps=3", "--best_of=2", "--tolerance=0.1"):
-        message = fails(["generate", f"--workdir={tmp_path}", "--prompt=a", flag])
+    for verb in (["generate", "--prompt=a"], ["evaluate"]):
+        message = fails([*verb, f"--workdir={tmp_path}", "--think=fixed:steps=3"])
         assert "a transformer_pp, which predicts in one pass; leave out" in message
 
 

@@ -7,9 +7,21 @@ import pytest
 from energies import mixed, problem
 from tiny import QUICK
 
+from ebt_jax.errors import UserError
 from ebt_jax.randomness import fold_in, normal, prediction_keys
 from ebt_jax.refine import RefineConfig, refine, refine_until
-from ebt_jax.thinking import AS_TRAINED, Thinking, final_energy, think
+from ebt_jax.thinking import (
+    AS_TRAINED,
+    Adam,
+    Annealed,
+    Langevin,
+    Lower,
+    Mala,
+    Momentum,
+    Thinking,
+    final_energy,
+    think,
+)
 
 PARAMS, CONTEXT, START = problem()
 KEYS = prediction_keys(jax.random.key(3), jnp.arange(len(START)), jnp.arange(1))[:, 0]
@@ -141,11 +153,40 @@ def test_no_draw_depends_on_the_batch():
 @pytest.mark.parametrize(
     ("thinking", "message"),
     [
-        (Thinking(num_steps=-1), "num_steps is -1, but has to be at least 1"),
+        (Thinking(num_steps=-1), "num_steps is -1, but cannot be negative"),
         (Thinking(best_of=0), "best_of is 0, but has to be at least 1"),
-        (Thinking(tolerance=-1.0), "tolerance is -1.0, but has to be zero or positive"),
+        (Thinking(tolerance=-1.0), "tolerance is -1.0, but cannot be negative"),
+        (Thinking(tolerance=float("nan")), "tolerance is nan, but cannot"),
+        (Thinking(by="luck"), "by is 'luck', but has to be one of energy, drop"),
+        (Thinking(landscapes="none"), "landscapes is 'none', but has to be one of"),
+        (Thinking(landscapes="each"), "landscapes is 'each', but no steps are given"),
+        (Thinking(step_size=-0.5), "step_size is -0.5, but cannot be negative"),
+        (Thinking(step_size=0.5, method=Adam()), "adam has its own; give it rate"),
+        (Thinking(tolerance=0.1, method=Lower()), "but lower takes all its steps"),
+        (Thinking(tolerance=0.1, method=Mala()), "but mala takes all its steps"),
+        (
+            Thinking(3, tolerance=0.1, landscapes="each"),
+            "energies are compared in the last one only",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(thinking, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         solve(thinking)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (lambda: Annealed(0.0), "rate of annealed is 0.0, but has to be above 0"),
+        (lambda: Momentum(1.0), r"decay of momentum is 1.0, but has to be in \[0, 1\)"),
+        (lambda: Adam(rate=0.0), "rate of adam is 0.0, but has to be above 0"),
+        (lambda: Adam(decay_squares=1.5), "decay_squares of adam is 1.5"),
+        (lambda: Langevin(0.0), "noise of langevin is 0.0, but has to be above 0"),
+        (lambda: Lower(1.0), r"shrink of lower is 1.0, but has to be in \(0, 1\)"),
+        (lambda: Mala(-1.0), "temperature of mala is -1.0, but has to be above 0"),
+    ],
+)
+def test_methods_refuse_what_cannot_be(method, message):
+    with pytest.raises(UserError, match=message):
+        method()

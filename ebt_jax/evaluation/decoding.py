@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ebt_jax.evaluation.sampling import Sampling, choose
 from ebt_jax.interfaces import Decoder, Objective
 from ebt_jax.refine import PyTree
-from ebt_jax.thinking import Thinking
+from ebt_jax.thinking import Effort, Thinking
 
 PIECE = 32  # most tokens that one call makes
 NONE = -1  # stands for the token of a sequence that has stopped
@@ -88,7 +88,7 @@ def extend(
     thinking: Thinking,
     sampling: Sampling,
     vocab_size: int | None,
-) -> tuple[PyTree, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[PyTree, jax.Array, Effort, jax.Array, jax.Array]:
     """Makes tokens until a limit, or until nothing can go on.
 
     Args:
@@ -110,7 +110,7 @@ def extend(
 
     Returns:
       The cache, tokens `[batch, PIECE]` with `NONE` from where a sequence has stopped,
-      refinement steps `[batch, PIECE]`, `stopped`, and how many columns were made.
+      what each took, `[batch, PIECE]`, `stopped`, and how many columns were made.
     """
     decoder = decoder_of(objective)
     predict_key, sample_key = jax.random.split(key)
@@ -124,16 +124,20 @@ def extend(
         return (made < jnp.minimum(limit, PIECE)) & ~stopped.all() & ~lost.any()
 
     def body(carry):
-        cache, tokens, num_steps, stopped, made = carry
-        logits, taken = decoder.predict(params, cache, index, predict_key, thinking)
-        chosen = choose(logits[:, :vocab_size], fold(keys, total + made), sampling)
+        cache, tokens, effort, stopped, made = carry
+        thought = decoder.predict(params, cache, index, predict_key, thinking)
+        logits = thought.candidate[:, :vocab_size]
+        chosen = choose(logits, fold(keys, total + made), sampling)
         stopped |= (chosen[:, None] == stop_ids[None, :]).any(axis=1)
         tokens = tokens.at[:, made].set(jnp.where(stopped, NONE, chosen))
-        num_steps = num_steps.at[:, made].set(taken)
+        effort = jax.tree.map(
+            lambda all, new: all.at[:, made].set(new), effort, thought.effort
+        )
         cache = decoder.append(params, cache, chosen)
-        return cache, tokens, num_steps, stopped, made + 1
+        return cache, tokens, effort, stopped, made + 1
 
-    carry = (cache, columns, columns, stopped, jnp.int32(0))
+    efforts = Effort(columns, columns, columns)
+    carry = (cache, columns, efforts, stopped, jnp.int32(0))
     return jax.lax.while_loop(goes_on, body, carry)
 
 

@@ -20,7 +20,7 @@ from ebt_jax.evaluation.decoding import NONE, PIECE, decoder_of, encode, extend
 from ebt_jax.evaluation.sampling import Sampling, check_sampling
 from ebt_jax.interfaces import Objective
 from ebt_jax.refine import PyTree
-from ebt_jax.thinking import AS_TRAINED, Thinking
+from ebt_jax.thinking import AS_TRAINED, Effort, Thinking, check_thinking
 
 STREAMED_PIECE = 4  # tokens made at a time where somebody waits for them
 SHORTEST = 64  # tokens to which shorter prompts are filled up; then powers of two
@@ -48,11 +48,16 @@ class Continued(NamedTuple):
 
     Attributes:
       tokens: the new ones, int32 `[at most new_tokens]`, no stop token.
-      num_steps: refinement steps of each, int32; 0 for a feed-forward model.
+      effort: what each took, int32; nothing for a feed-forward model.
     """
 
     tokens: np.ndarray
-    num_steps: np.ndarray
+    effort: Effort
+
+    @property
+    def num_steps(self) -> np.ndarray:
+        """Refinement steps of each token, int32; 0 for a feed-forward model."""
+        return np.asarray(self.effort.num_steps)
 
 
 class Continuation(NamedTuple):
@@ -63,14 +68,19 @@ class Continuation(NamedTuple):
       sample: 0 for the prompt's first continuation, 1 for its second, ...
       text: the prompt with its continuation, without the stop token.
       tokens: see `Continued`.
-      num_steps: see `Continued`.
+      effort: see `Continued`.
     """
 
     prompt: str
     sample: int
     text: str
     tokens: np.ndarray
-    num_steps: np.ndarray
+    effort: Effort
+
+    @property
+    def num_steps(self) -> np.ndarray:
+        """Refinement steps of each token, int32; 0 for a feed-forward model."""
+        return np.asarray(self.effort.num_steps)
 
 
 def generate(
@@ -204,7 +214,7 @@ def generate_ids(
     """
     _check(prompts, context, new_tokens, samples)
     check_sampling(sampling)
-    _check_thinking(thinking)
+    check_thinking(thinking)
     if not prompts:
         return []
     numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
@@ -242,9 +252,9 @@ def generate_ids(
             stopped=stopped,
             limit=np.int32(limit),
         )
-        tokens, num_steps, stopped, count = jax.device_get(piece)
+        tokens, effort, stopped, count = jax.device_get(piece)
         made += int(count)
-        pieces.append((tokens[:, :count], num_steps[:, :count]))
+        pieces.append((tokens[:, :count], *(x[:, :count] for x in effort)))
         for row, window in enumerate(windows):
             new = tokens[row, :count]
             new = new[new != NONE]
@@ -258,12 +268,12 @@ def generate_ids(
             del window[: (context + 1) // 2]
         if full:
             cache = _prefill(params, windows, context, objective, samples=1)
-    tokens, num_steps = (
+    tokens, *effort = (
         np.concatenate(part, axis=1) for part in zip(*pieces, strict=True)
     )
     return [
-        Continued(row[row != NONE], steps[row != NONE])
-        for row, steps in zip(tokens, num_steps, strict=True)
+        Continued(row[row != NONE], Effort(*(x[row != NONE] for x in of_row)))
+        for row, *of_row in zip(tokens, *effort, strict=True)
     ]
 
 
@@ -298,21 +308,6 @@ def _check(
     for name, value in (("new_tokens", new_tokens), ("samples", samples)):
         if value < 1:
             raise UserError(f"{name} is {value}, but has to be at least 1")
-
-
-def _check_thinking(thinking: Thinking) -> None:
-    if thinking.num_steps < 0:
-        raise UserError(
-            f"num_steps is {thinking.num_steps}, but cannot be negative; 0 takes the "
-            "trained number"
-        )
-    if thinking.best_of < 1:
-        raise UserError(f"best_of is {thinking.best_of}, but has to be at least 1")
-    if thinking.tolerance is not None and not thinking.tolerance >= 0:
-        raise UserError(
-            f"tolerance is {thinking.tolerance}, but cannot be negative; 0 stops when "
-            "the energy no longer falls"
-        )
 
 
 def _stop_id(tokenizer: Codec, stop: int | str) -> int:

@@ -20,6 +20,14 @@ from jax.typing import ArrayLike
 from ebt_jax.errors import UserError
 from ebt_jax.interfaces import Batch, Objective
 from ebt_jax.refine import PyTree
+from ebt_jax.thinking import AS_TRAINED, Effort, Thinking, check_thinking
+
+# What results call the parts of an `Effort`.
+EFFORT = {
+    "refinement_steps": "num_steps",
+    "energy_gradients": "gradients",
+    "energy_evaluations": "energies",
+}
 
 
 def evaluate(
@@ -28,7 +36,7 @@ def evaluate(
     batches: Iterable[Mapping[str, ArrayLike]],
     *,
     seed: int,
-    num_steps: int = 0,
+    thinking: Thinking = AS_TRAINED,
     progress: bool = False,
 ) -> dict[str, float]:
     """Scores every prediction of some batches.
@@ -40,7 +48,7 @@ def evaluate(
         `[batch, seq]` (0: not scored), `index` `[batch]`, and, where bits per byte are
         wanted, `bytes` `[batch, seq]`, the byte length of each target.
       seed: of initial candidates and noise.
-      num_steps: refinement steps; 0 for the trained number.
+      thinking: how predictions are refined.
       progress: True to count batches on stderr.
 
     Returns:
@@ -49,17 +57,21 @@ def evaluate(
       `nll/step_i` (after step i, counting from 1), `gradient_norm/step_i`,
       `energy_before` (initial candidate), `energy_after` (final candidate in the last
       landscape), `energy_gap` (before - after) and `energy_rose` (share of predictions
-      whose energy rose). What is not finite is reported as it is.
+      whose energy rose), and per prediction `refinement_steps`, `energy_gradients` and
+      `energy_evaluations`, see `Effort`. What is found after step i is there where
+      thinking is nothing but a number of steps; where it is more, there may be
+      `energy_spread`, see `Thought`. What is not finite is reported as it is.
 
     Raises:
-      UserError: if nothing is scored.
+      UserError: if nothing is scored, or for thinking that cannot be.
     """
+    check_thinking(thinking)
     key = jax.random.key(seed)
     totals: dict[str, np.ndarray] = {}
     pending = None
     for count, batch in enumerate(batches, 1):
         # The device works on this batch while the host adds up the one before.
-        sums = _batch_sums(params, dict(batch), key, objective, num_steps)
+        sums = _batch_sums(params, dict(batch), key, objective, thinking)
         totals = _add(totals, pending)
         pending = sums
         if progress:
@@ -75,14 +87,38 @@ def evaluate(
     return _ratios(totals)
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "num_steps"))
+def score(
+    objective: Objective,
+    params: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    thinking: Thinking,
+) -> dict[str, jax.Array]:
+    """What `evaluate` gives where thinking is a number of steps, else `assess`.
+
+    Where there are energies, what a prediction took is there in both, `[*batch]`.
+    """
+    if thinking != Thinking(thinking.num_steps) and objective.assess is not None:
+        return objective.assess(params, batch, key, thinking)
+    arrays = objective.evaluate(params, batch, key, thinking.num_steps)
+    if "energy" in arrays:
+        steps = jnp.full(batch["weights"].shape, len(arrays["nll"]))
+        arrays |= Effort(steps, steps, 0 * steps)._asdict()
+    return arrays
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "thinking"))
 def _batch_sums(
-    params: PyTree, batch: Batch, key: jax.Array, objective: Objective, num_steps: int
+    params: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    objective: Objective,
+    thinking: Thinking,
 ) -> dict[str, jax.Array]:
     """Sums over the predictions of a batch, `[]` or one for each step `[steps]`."""
     weights = batch["weights"]
     scored = weights > 0
-    arrays = objective.evaluate(params, batch, key, num_steps)
+    arrays = score(objective, params, batch, key, thinking)
 
     def total(values: jax.Array) -> jax.Array:
         # `where`, because padding may hold anything, and 0 * nan is nan.
@@ -103,6 +139,9 @@ def _batch_sums(
         sums["energy_before"] = total(before)
         sums["energy_after"] = total(after)
         sums["energy_rose"] = (scored & (after > before)).sum()
+        sums |= {name: total(arrays[name]) for name in Effort._fields}
+    if "spread" in arrays and thinking.best_of > 1:
+        sums["energy_spread"] = total(arrays["spread"])
     return sums
 
 
@@ -127,12 +166,18 @@ def _ratios(totals: dict[str, np.ndarray]) -> dict[str, float]:
             totals["nll"][-1] / math.log(2) / totals["bytes"]
         )
     if "energy_before" in totals:
-        results |= _per_step("nll", nll)
+        several = "gradient_norm" in totals
+        results |= _per_step("nll", nll) if several else {}
         results["energy_before"] = float(totals["energy_before"] / tokens)
         results["energy_after"] = float(totals["energy_after"] / tokens)
         results["energy_gap"] = results["energy_before"] - results["energy_after"]
         results["energy_rose"] = float(totals["energy_rose"] / totals["scored"])
-        results |= _per_step("gradient_norm", totals["gradient_norm"] / tokens)
+        if several:
+            results |= _per_step("gradient_norm", totals["gradient_norm"] / tokens)
+        for name, of in EFFORT.items():
+            results[name] = float(totals[of] / tokens)
+    if "energy_spread" in totals:
+        results["energy_spread"] = float(totals["energy_spread"] / tokens)
     results["tokens"] = tokens
     results["sequences"] = float(totals["sequences"])
     return results

@@ -49,7 +49,7 @@ def evaluate(
         gathered(params, mesh),
         (global_batch(batch, mesh) for batch in held_out),
         seed=config.eval.seed,
-        num_steps=num_steps or config.eval.num_steps,
+        thinking=Thinking(num_steps or config.eval.num_steps),
     )
     return {f"eval/{name}": value for name, value in numbers.items()}
 

@@ -14,12 +14,12 @@ from ebt_jax.verbs import evaluate_tasks
 from ebt_jax.verbs.common import (
     CHECKPOINT,
     COUNT,
-    NUM_STEPS,
     TEXT_KEY,
     WORKDIR,
     changed,
     required,
 )
+from ebt_jax.verbs.thinking import DETAILS, THINK, check_thinks, parse_thinking
 
 
 def run(values: flags.FlagValues) -> None:
@@ -29,6 +29,7 @@ def run(values: flags.FlagValues) -> None:
     if values["items"].value:
         raise UserError("--items is of tasks, but no --task is given; name one")
     workdir = required(values, "workdir", "the folder of a trained run")
+    thinking = parse_thinking(values.think)
 
     from ebt_jax.data import pipeline, tokenizers
     from ebt_jax.evaluation.metrics import evaluate
@@ -39,6 +40,7 @@ def run(values: flags.FlagValues) -> None:
     from ebt_jax.training.workdir import open_workdir
 
     path, config = open_workdir(workdir)
+    check_thinks(values.think, thinking, config)
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
     step = checkpoint.pick_step(path, values.checkpoint)
@@ -61,7 +63,7 @@ def run(values: flags.FlagValues) -> None:
         params,
         batches,
         seed=config.eval.seed,
-        num_steps=values.num_steps,
+        thinking=thinking,
         progress=sys.stderr.isatty(),
     )
     about = {
@@ -81,6 +83,9 @@ def _table(about: dict[str, Any], results: dict[str, float]) -> str:
         "nll": "nats per token",
         "energy_gap": "before - after",
         "energy_rose": "share of predictions whose energy rose",
+        "energy_gradients": "evaluations per token",
+        "energy_evaluations": "without gradient, per token",
+        "energy_spread": "of the candidates' minima, standard deviation",
         "tokens": "scored",
     }
     lines = [f"{name:<24}{value}" for name, value in about.items()]
@@ -94,8 +99,8 @@ VERB = Verb(
     summary="score text: nll, perplexity, bits per byte, energies",
     details="Scores what the run has held out, or any text, or benchmark tasks: --task "
     "writes\nthe scores of each item to WORKDIR/tasks. The batch size changes no "
-    "result.",
-    example="ebt evaluate --workdir=runs/a --num_steps=4",
+    "result.\n\n" + DETAILS,
+    example="ebt evaluate --workdir=runs/a --think=fixed:steps=4",
     call=run,
     flags=(
         WORKDIR,
@@ -105,7 +110,7 @@ VERB = Verb(
         ),
         TEXT_KEY,
         Flag("packing", "concat, first_fit or document; else the config's"),
-        NUM_STEPS,
+        THINK,
         CHECKPOINT,
         Flag("batch_size", "sequences at once; 0 for the config's", 0, COUNT),
         Flag("sequences", "how many to score; 0 for all", 0, COUNT),

@@ -13,6 +13,7 @@ from absl import flags
 from ebt_jax.command import Flag, suggest
 from ebt_jax.errors import UserError
 from ebt_jax.verbs.common import COUNT, required
+from ebt_jax.verbs.thinking import check_thinks, parse_thinking
 
 if TYPE_CHECKING:
     from ebt_jax.evaluation.tasks.catalogue import Task
@@ -29,6 +30,7 @@ def run(values: flags.FlagValues) -> None:
     """Runs tasks with a checkpoint of --workdir; prints a table of the results."""
     workdir = required(values, "workdir", "the folder of a trained run")
     data = required(values, "data", "the folder with the files of the tasks")
+    thinking = parse_thinking(values.think)
     for name in _NOT_OF_TASKS:
         if values[name].value:
             raise UserError(
@@ -39,7 +41,6 @@ def run(values: flags.FlagValues) -> None:
     from ebt_jax.data import tokenizers
     from ebt_jax.evaluation.tasks.run import Examinee, run_task
     from ebt_jax.evaluation.tasks.table import about_result, table
-    from ebt_jax.thinking import Thinking
     from ebt_jax.training import checkpoint
     from ebt_jax.training.config import resolve
     from ebt_jax.training.objective import build_objective
@@ -47,6 +48,7 @@ def run(values: flags.FlagValues) -> None:
     from ebt_jax.training.writers import storage_explained
 
     path, config = open_workdir(workdir)
+    check_thinks(values.think, thinking, config)
     chosen = _chosen(values.task, data)
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
@@ -57,7 +59,7 @@ def run(values: flags.FlagValues) -> None:
         tokenizer=tokenizer,
         context=config.data.context,
         energy=_energy(config),
-        thinking=Thinking(values.num_steps),
+        thinking=thinking,
         batch_size=values.batch_size or config.eval.batch_size,
         seed=config.eval.seed,
     )
@@ -149,7 +151,7 @@ def _write(
     from ebt_jax.training.workdir import replace_text
     from ebt_jax.training.writers import storage_explained
 
-    head = about | {"num_steps": values.num_steps} | _summary(result)
+    head = about | {"think": values.think} | _summary(result)
     text = json.dumps(_plain(head), indent=1, allow_nan=False)
     rows = [json.dumps(_plain(row), allow_nan=False) for row in result.items]
     scores = ",\n".join(f"  {row}" for row in rows)

@@ -14,11 +14,11 @@ from ebt_jax.verbs.common import (
     CHECKPOINT,
     FLOAT,
     INTEGER,
-    NUM_STEPS,
     POSITIVE,
     WORKDIR,
     required,
 )
+from ebt_jax.verbs.thinking import DETAILS, THINK, check_thinks, parse_thinking
 
 if TYPE_CHECKING:
     from ebt_jax.evaluation.generation import Continuation
@@ -30,30 +30,18 @@ def run(values: flags.FlagValues) -> None:
     prompts = required(values, "prompt", "a text to continue, once or more")
 
     stream = _streamed(values, len(prompts) * values.samples)
+    thinking = parse_thinking(values.think)
 
     from ebt_jax.data import tokenizers
     from ebt_jax.evaluation.generation import generate
     from ebt_jax.evaluation.sampling import Sampling
-    from ebt_jax.thinking import AS_TRAINED, Thinking
     from ebt_jax.training import checkpoint
     from ebt_jax.training.config import resolve
     from ebt_jax.training.objective import build_objective
     from ebt_jax.training.workdir import open_workdir
 
-    thinking = Thinking(values.num_steps, values.best_of, values.tolerance)
     path, config = open_workdir(workdir)
-    landscapes, most = config.refine.num_landscapes, config.refine.num_steps
-    if config.model.kind != "ebt" and thinking != AS_TRAINED:
-        raise UserError(
-            f"the run's model is a {config.model.kind}, which predicts in one pass; "
-            "leave out --num_steps, --best_of and --tolerance"
-        )
-    if values.tolerance is not None and (values.num_steps or most) <= landscapes:
-        raise UserError(
-            f"--tolerance={values.tolerance} has nothing to end: a step in each "
-            f"landscape is always taken, and there are {landscapes}; give a larger "
-            "--num_steps, the most of them"
-        )
+    check_thinks(values.think, thinking, config)
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
     made = generate(
@@ -92,13 +80,15 @@ def _streamed(values: flags.FlagValues, continuations: int) -> bool:
 
 def _row(continuation: Continuation) -> dict[str, Any]:
     """A continuation as an object of JSON."""
-    steps = continuation.num_steps
+    from ebt_jax.evaluation.metrics import EFFORT
+
+    mean = lambda values: float(values.mean()) if len(values) else 0.0
     return {
         "prompt": continuation.prompt,
         "sample": continuation.sample,
         "text": continuation.text,
         "tokens": continuation.tokens.tolist(),
-        "refinement_steps": float(steps.mean()) if len(steps) else 0.0,
+        **{name: mean(getattr(continuation.effort, of)) for name, of in EFFORT.items()},
     }
 
 
@@ -106,7 +96,8 @@ VERB = Verb(
     summary="continue prompts with a trained model",
     details="What a prompt becomes depends on the seed and its number, not on the "
     "other prompts.\n--json prints a line for each continuation: prompt, sample, "
-    "text, tokens and the mean\nrefinement steps of a token.",
+    "text, tokens and\nmeans per token: refinement steps, energy gradients, energies "
+    "alone.\n\n" + DETAILS,
     example="ebt generate --workdir=runs/a --prompt='The statement' --new=300",
     call=run,
     flags=(
@@ -129,14 +120,7 @@ VERB = Verb(
         ),
         Flag("samples", "continuations of each prompt", 1, POSITIVE),
         Flag("seed", "of everything that is drawn", 0, INTEGER),
-        NUM_STEPS,
-        Flag("best_of", "candidates a token; the lowest energy wins", 1, POSITIVE),
-        Flag(
-            "tolerance",
-            "refines until an energy falls by no more; --num_steps is the most",
-            None,
-            FLOAT,
-        ),
+        THINK,
         CHECKPOINT,
         Flag(
             "stream",

@@ -10,6 +10,7 @@ from fake_objectives import batches, bigram, thinker
 
 from ebt_jax.errors import UserError
 from ebt_jax.evaluation.metrics import evaluate
+from ebt_jax.thinking import Thinking
 
 
 def by_hand(objective, params, seed, num_steps=0):
@@ -60,7 +61,11 @@ def test_refinement_reports_every_step_and_the_energies():
     assert result["energy_after"] == pytest.approx(energies[-1], rel=1e-6)
     assert result["energy_gap"] == pytest.approx(energies[0] - energies[-1], rel=1e-6)
     assert result["energy_rose"] == 0.0
-    assert evaluate(objective, params, batches(4), seed=7, num_steps=5)["nll/step_5"]
+    longer = evaluate(objective, params, batches(4), seed=7, thinking=Thinking(5))
+    assert longer["nll/step_5"] and longer["refinement_steps"] == 5
+    for name in ("refinement_steps", "energy_gradients"):
+        assert result[name] == 3
+    assert result["energy_evaluations"] == 0
 
 
 @pytest.mark.parametrize("objective", [bigram(), thinker()], ids=["bigram", "thinker"])
@@ -121,6 +126,49 @@ def test_compiles_once_for_all_batches_and_calls():
     evaluate(objective, {}, batches(4), seed=0)
     evaluate(objective, {}, batches(4), seed=1)
     assert traces == [0]
+
+
+def test_thinking_that_is_more_than_steps_is_assessed():
+    """Means over scored predictions, of whatever each took."""
+
+    def assess(params, batch, key, thinking):
+        shape = batch["weights"].shape
+        steps = jnp.broadcast_to(batch["index"][:, None], shape)
+        return {
+            "nll": jnp.full((1, *shape), 0.5),
+            "energy": jnp.stack([jnp.ones(shape), jnp.zeros(shape)]),
+            "num_steps": steps,
+            "gradients": steps + 1,
+            "energies": jnp.full(shape, thinking.best_of),
+            "spread": jnp.full(shape, 0.25),
+        }
+
+    objective = thinker()._replace(assess=assess)
+    (batch,) = batches(12)
+    weights = batch["weights"]
+    steps = (weights * batch["index"][:, None]).sum() / weights.sum()
+    options = {"seed": 0, "thinking": Thinking(9, best_of=2, tolerance=0.0)}
+    result = evaluate(objective, {}, batches(5), **options)
+    del result["bits_per_byte"]
+    assert result == pytest.approx(
+        {
+            "nll": 0.5,
+            "perplexity": math.exp(0.5),
+            "energy_before": 1.0,
+            "energy_after": 0.0,
+            "energy_gap": 1.0,
+            "energy_rose": 0.0,
+            "refinement_steps": steps,
+            "energy_gradients": steps + 1,
+            "energy_evaluations": 2.0,
+            "energy_spread": 0.25,
+            "tokens": weights.sum(),
+            "sequences": 12,
+        },
+        rel=1e-6,
+    )
+    with pytest.raises(UserError, match="best_of is 0"):
+        evaluate(objective, {}, batches(5), seed=0, thinking=Thinking(best_of=0))
 
 
 def test_nothing_to_score_is_an_error():

@@ -51,7 +51,7 @@ def run(capsys, folder, *flags):
 
 
 def test_results_as_json_and_in_the_workdir(capsys, folder):
-    flags = ["--task=arc,lambada", f"--data={folder / 'data'}", "--num_steps=1"]
+    flags = ["--task=arc,lambada", f"--data={folder / 'data'}", "--think=fixed:steps=1"]
     code, out, err = run(capsys, folder, *flags, "--json")
     assert code == 0
     said = json.loads(out)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebt_jax.evaluation.metrics import score
 from ebt_jax.evaluation.tasks.rows import Row, batches
 from ebt_jax.interfaces import Batch, EnergyModel, Objective
 from ebt_jax.refine import PyTree
@@ -144,7 +145,7 @@ def _sums(
     params: PyTree, batch: Batch, key: jax.Array, scorer: Scorer
 ) -> dict[str, jax.Array]:
     """Sums over the tokens of each row, `[batch]` or for each step `[steps, batch]`."""
-    arrays = scorer.objective.evaluate(params, batch, key, scorer.thinking.num_steps)
+    arrays = score(scorer.objective, params, batch, key, scorer.thinking)
 
     def total(values: jax.Array, mask: jax.Array) -> jax.Array:
         # `where`, because padding may hold anything, and 0 * nan is nan.

@@ -1,0 +1,107 @@
+"""The pieces of a refinement step, for every way of taking several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ebt_jax.meta_gradient import EnergyFn, PyTree
+from ebt_jax.refine_config import RefineConfig
+
+
+def update(
+    before: PyTree,
+    gradient: PyTree,
+    sizes: jax.Array,
+    base: jax.Array,
+    config: RefineConfig,
+    transform: optax.GradientTransformation | None,
+    state: PyTree,
+    batch: tuple[int, ...],
+) -> tuple[PyTree, PyTree]:
+    """One descent step from `before`: clamp, transform, step, clip, sharpen."""
+
+    def expand(size, leaf):
+        shape = (1,) * (len(batch) - size.ndim) + size.shape
+        return size.reshape(shape + (1,) * (leaf.ndim - len(batch)))
+
+    if config.gradient_clamp:
+        gradient = jax.tree.map(
+            lambda g: jnp.clip(
+                g,
+                -config.gradient_clamp / expand(base, g),
+                config.gradient_clamp / expand(base, g),
+            ),
+            gradient,
+        )
+    if transform is not None:
+        gradient, state = transform.update(gradient, state, before)
+    after = jax.tree.map(lambda c, g: c - expand(sizes, c) * g, before, gradient)
+    if config.absolute_clamp:
+        limit = config.absolute_clamp
+        after = jax.tree.map(lambda z: jnp.clip(z, -limit, limit), after)
+    if config.sharpen:
+        after = jax.tree.map(lambda z: z / config.sharpen, after)
+    return after, state
+
+
+def energy_space(
+    normalize: Callable[[PyTree], PyTree] | None,
+    steps: str,
+    stored: PyTree,
+    landscape: jax.Array,
+) -> PyTree:
+    """The stored candidate as the energy sees it, by `config.normalize_steps`."""
+    if normalize is None or steps == "none":
+        return stored
+    if steps == "all":
+        return normalize(stored)
+    return where(landscape == 0, normalize(stored), stored)
+
+
+def check_energy(
+    energy_fn: EnergyFn, params: PyTree, context: PyTree, candidate: PyTree
+) -> tuple[int, ...]:
+    """Checks candidate and energy before any numerics; returns the batch shape."""
+    leaves = jax.tree.leaves(candidate)
+    if not leaves:
+        raise ValueError("candidate is an empty pytree; it needs at least one array")
+    for leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"candidate has dtype {jnp.result_type(leaf)}, but refinement needs "
+                "gradients; pass floating-point arrays"
+            )
+    energy = jax.eval_shape(energy_fn, params, context, candidate, jnp.int32(0))
+    if not isinstance(energy, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"energy_fn returned {type(energy).__name__}, expected an array of energies"
+        )
+    if not jnp.issubdtype(energy.dtype, jnp.floating):
+        raise TypeError(f"energy_fn returned dtype {energy.dtype}, expected a float")
+    for leaf in leaves:
+        shape = jnp.shape(leaf)
+        if shape[: energy.ndim] != energy.shape:
+            raise ValueError(
+                f"energy_fn returned shape {energy.shape}, expected a leading part of "
+                f"the candidate's shape {shape}, e.g. {shape[:-1]}"
+            )
+    return energy.shape
+
+
+def where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """Leaf-wise `jnp.where`, the condition broadcast from the leading axes."""
+
+    def choose(a, b):
+        extra = (1,) * (jnp.ndim(a) - jnp.ndim(condition))
+        return jnp.where(jnp.reshape(condition, condition.shape + extra), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def float_dtype(tree: PyTree) -> jnp.dtype:
+    """The dtype that all leaves fit in."""
+    return jnp.result_type(*jax.tree.leaves(tree))
