@@ -4,11 +4,13 @@ import dataclasses
 import json
 import pathlib
 import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from test_golden import load_golden
 from tiny import QUICK, VOCAB, tiny
@@ -21,7 +23,9 @@ from ebt_jax.objective_config import ObjectiveConfig, system_2
 from ebt_jax.objectives import refined
 from ebt_jax.refine import Schedule
 from ebt_jax.replay import EMPTY, NONE, ReplayConfig
+from ebt_jax.training import checkpoint
 from ebt_jax.training.config import (
+    CheckpointConfig,
     Config,
     MeshConfig,
     TrainConfig,
@@ -29,14 +33,17 @@ from ebt_jax.training.config import (
     resolve,
     to_json,
 )
+from ebt_jax.training.guard import new_guard
 from ebt_jax.training.objective import build_objective
+from ebt_jax.training.saving import Saver
 from ebt_jax.training.sharding import (
     check_replay,
     global_batch,
     make_mesh,
     state_shardings,
+    state_target,
 )
-from ebt_jax.training.step import init_state, make_step
+from ebt_jax.training.step import TrainState, init_state, make_step, saved_form
 
 CASE = pathlib.Path(__file__).parent / "golden" / "text_time_embed_s2_replay.npz"
 KEY = jax.random.key(3)
@@ -226,10 +233,9 @@ def batch_of(rows, seed=0):
     return {**tokens, "index": np.arange(rows, dtype=np.int32)}
 
 
-@pytest.mark.parametrize("fields", [{}, {"dtype": "bfloat16", "top_k": 4}])
-def test_blocks_give_what_refine_gives(fields):
+def test_blocks_give_what_refine_gives():
     # Blocks of 6 of 6 sequences of 5: some sequences, and parts of them, at a time.
-    config = config_of(**fields)
+    config = config_of()
     params, results = None, []
     for way in ("rule", "autodiff"):
         refine = dataclasses.replace(config.refine, meta_gradient=way)
@@ -252,7 +258,7 @@ def test_blocks_give_what_refine_gives(fields):
 
 
 def run(config, steps):
-    """State and metrics after some steps; the buffers' sequences after each."""
+    """State and metrics after some steps, and what they were made with."""
     objective = build_objective(config)
     optimizer, mesh = optax.sgd(1e-3), make_mesh(config.mesh)
     parts, rows = config.train.accumulation, config.train.batch_size
@@ -270,7 +276,12 @@ def run(config, steps):
         assert all(x.is_deleted() for x in jax.tree.leaves(before))  # donated
         tokens.append(batch_of(rows, i)["tokens"])
     return types.SimpleNamespace(
-        state=state, metrics=metrics, tokens=tokens, text=compiled.as_text()
+        state=state,
+        metrics=metrics,
+        tokens=tokens,
+        target=state_target(jax.eval_shape(init), mesh),
+        again=lambda state: compiled(state, batch)[0],
+        text=compiled.as_text(),
     )
 
 
@@ -286,8 +297,14 @@ def test_parts_of_a_batch_are_kept_one_after_the_other():
     assert made.metrics["skipped_total"] == 0
 
 
-def test_each_device_keeps_a_share_of_its_own():
-    made = run(config_of(rows=8, mesh=4, capacity=12), 2)
+@pytest.fixture(scope="module")
+def on_four_devices():
+    config = config_of(rows=8, mesh=4, capacity=12, dtype="bfloat16", top_k=4)
+    return run(config, 2)
+
+
+def test_each_device_keeps_a_share_of_its_own(on_four_devices):
+    made = on_four_devices
     buffer = made.state.replay
     for shard in buffer.batch["tokens"].addressable_shards:
         device = shard.index[0].start // 3
@@ -299,6 +316,48 @@ def test_each_device_keeps_a_share_of_its_own():
     }
     assert made.metrics["replayed"] > 0.2
     assert "all-gather" not in made.text  # nothing of the buffer is sent
+
+
+def test_a_checkpoint_continues_bit_for_bit_and_on_other_devices(
+    on_four_devices, tmp_path
+):
+    made, config = on_four_devices, config_of()
+    with Saver(tmp_path, CheckpointConfig()) as saver:
+        saver.save(2, made.state, 16, config, wait=True)
+    restored = checkpoint.restore(tmp_path, 2, made.target).state
+    on_two = state_target(made.target, make_mesh(MeshConfig(data=2)))
+    buffer = checkpoint.restore(tmp_path, 2, on_two).state.replay
+    same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    jax.tree.map(same, buffer, made.state.replay)
+    assert len(buffer.age.addressable_shards[0].data) == 6
+    jax.tree.map(same, made.again(restored), made.again(made.state))
+
+
+class Before(NamedTuple):
+    """A training state from before there was replay."""
+
+    params: Any
+    opt_state: Any
+    step: Any
+    guard: Any
+
+
+def test_checkpoints_without_replay_are_as_before_there_was_one(tmp_path):
+    params = {"w": jnp.arange(3.0)}
+    before = Before(params, optax.adam(1.0).init(params), jnp.int32(4), new_guard())
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(before),
+        data=ocp.args.JsonSave({"next_example": 3}),
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(checkpoint.directory_of(tmp_path, 4), args=items)
+    state = TrainState(*before)
+    target = state_target(jax.eval_shape(lambda: state), make_mesh(MeshConfig()))
+    restored = checkpoint.restore(tmp_path, 4, target)
+    assert restored.next_example == 3 and restored.state.replay == ()
+    assert (restored.state.params["w"] == params["w"]).all()
+    assert jax.tree.structure(restored.state) == jax.tree.structure(state)
+    assert saved_form(state).keys() == set(Before._fields)
 
 
 def test_without_replay_the_state_has_nothing_of_it():

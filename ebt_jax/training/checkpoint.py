@@ -26,7 +26,7 @@ from ebt_jax.training import manifest
 from ebt_jax.training.config import Config
 from ebt_jax.training.monitor import say
 from ebt_jax.training.objective import build_objective
-from ebt_jax.training.step import TrainState
+from ebt_jax.training.step import TrainState, saved_form
 from ebt_jax.training.workdir import checkpoint_steps, open_workdir
 
 Shapes = dict[str, tuple[int, ...]]  # name -> shape
@@ -197,10 +197,12 @@ def restore(path: Path, step: int, target: TrainState) -> Restored:
         restored = reader.restore(
             directory_of(path, step),
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(saved_form(target)),
+                data=ocp.args.JsonRestore(),
             ),
         )
-    return Restored(restored["state"], restored["data"]["next_example"])
+    state = TrainState(**restored["state"])
+    return Restored(state, restored["data"]["next_example"])
 
 
 def saved_shapes(path: Path, step: int) -> Shapes:

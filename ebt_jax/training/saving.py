@@ -22,7 +22,7 @@ from ebt_jax.training import manifest
 from ebt_jax.training.checkpoint import agree, directory_of
 from ebt_jax.training.config import CheckpointConfig, Config
 from ebt_jax.training.monitor import say
-from ebt_jax.training.step import TrainState
+from ebt_jax.training.step import TrainState, saved_form
 from ebt_jax.training.workdir import checkpoint_steps
 
 METRIC = "eval/nll"  # the lower, the better a checkpoint
@@ -139,7 +139,7 @@ class Saver:
           StorageError: if it could not be saved, also after trying again.
         """
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(saved_form(state)),
             data=ocp.args.JsonSave({"next_example": next_example}),
             config=ocp.args.JsonSave(dataclasses.asdict(config)),
         )

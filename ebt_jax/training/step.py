@@ -44,6 +44,17 @@ class TrainState(NamedTuple):
     replay: PyTree = ()
 
 
+def saved_form(state: TrainState) -> dict[str, PyTree]:
+    """A state as checkpoints hold it: its fields by name, but for an empty buffer.
+
+    So checkpoints from before there was one, and of runs without it, are the same.
+    """
+    fields = state._asdict()
+    if not jax.tree.leaves(state.replay):
+        del fields["replay"]
+    return fields
+
+
 def init_state(
     objective: Objective, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
