@@ -22,7 +22,7 @@ from ebt_jax.evaluation.flops import (
 )
 from ebt_jax.evaluation.planning import communication_table, memory_table
 from ebt_jax.refine import PyTree
-from ebt_jax.training.config import Config, resolve
+from ebt_jax.training.config import Config, resolve, scored_sequences
 from ebt_jax.training.objective import batch_shapes as whole_batch_shapes
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
@@ -72,13 +72,16 @@ def inspect(config: Config, memory_gib: float = 0) -> str:
     traced = step.trace(state, batch_shapes(config, mesh))
     compiled = traced.lower().compile()
     rows, length, devices = config.train.batch_size, config.data.context, mesh.size
+    parts = batch_parts(mesh)
+    more = scored_sequences(config, parts) - rows
+    replayed = f", {more // parts} more of them replayed" if more else ""
     return "\n\n".join(
         [
             parameter_table(params, mesh),
             f"mesh     {_named(mesh.shape)} ({mesh.devices.flat[0].platform})\n"
             f"batch    {rows} x {length} = {rows * length:,} tokens, "
-            f"{rows // batch_parts(mesh)} sequences per device",
-            _flops(config, params, traced.jaxpr, compiled, devices),
+            f"{rows // parts} sequences per device{replayed}",
+            _flops(config, params, traced.jaxpr, compiled, devices, parts),
             memory_table(config, state, mesh, compiled, memory_gib),
             communication_table(compiled.as_text(), params),
         ]
@@ -133,9 +136,14 @@ def parameter_table(params: PyTree, mesh: Mesh) -> str:
 
 
 def _flops(
-    config: Config, params: PyTree, traced: Any, compiled: Any, devices: int
+    config: Config,
+    params: PyTree,
+    traced: Any,
+    compiled: Any,
+    devices: int,
+    parts: int,
 ) -> str:
-    tokens = config.train.batch_size * config.data.context
+    tokens = scored_sequences(config, parts) * config.data.context
     needed = analytic_flops(config, params)
     lines = [
         "FLOPs of a training step per token",

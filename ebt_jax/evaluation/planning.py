@@ -12,7 +12,7 @@ from ebt_jax.errors import UserError
 from ebt_jax.evaluation.collectives import count_collectives
 from ebt_jax.evaluation.flops import count_parameters
 from ebt_jax.refine import PyTree
-from ebt_jax.training.config import Config
+from ebt_jax.training.config import Config, scored_sequences
 from ebt_jax.training.sharding import batch_parts
 from ebt_jax.training.step import TrainState
 
@@ -60,6 +60,8 @@ def memory_table(
         "parameters": local_bytes(state.params),
         "optimiser state": local_bytes(state.opt_state),
     }
+    if config.replay.capacity:
+        held["replay buffer"] = local_bytes(state.replay)
     lines = [
         "bytes per device",
         *(f"  {name:<19}{size_text(size)}" for name, size in held.items()),
@@ -73,6 +75,7 @@ def memory_table(
         "gathered parameters": whole_bytes(state.params, mesh) if split else 0,
         "gradients": whole_bytes(state.params, mesh),
         "candidates": CANDIDATES * candidate_bytes(config, mesh),
+        "kept candidates": kept_bytes(config, state, mesh),
     }
     parts["activations"] = max(temporary - sum(parts.values()), 0)
     between = sum(held.values())
@@ -83,6 +86,7 @@ def memory_table(
         "gathered parameters": "for the time of a step",
         "gradients": "whole, before they are summed",
         "candidates": f"{CANDIDATES} arrays {rows:,} x {places:,}, float32",
+        "kept candidates": "of one part of a batch, on their way to the buffer",
         "activations": "what is left of the compiled step's temporaries, "
         f"{size_text(temporary).strip()}",
     }
@@ -140,7 +144,7 @@ def whole_bytes(params: PyTree, mesh: Mesh) -> int:
 
 def candidate_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
     """Predictions that a device works on at a time, and its part of the vocabulary."""
-    rows = config.train.batch_size // config.train.accumulation // batch_parts(mesh)
+    rows = local_sequences(config, mesh)
     predictions = rows * config.data.context // mesh.shape["seq"]
     if config.refine.block and config.model.kind == "ebt":
         predictions = min(predictions, config.refine.block)
@@ -151,6 +155,21 @@ def candidate_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
 def candidate_bytes(config: Config, mesh: Mesh) -> int:
     """Bytes of one array of candidates on one device."""
     return 4 * math.prod(candidate_shape(config, mesh))
+
+
+def local_sequences(config: Config, mesh: Mesh) -> int:
+    """Sequences that a device takes at a time, replayed ones included."""
+    parts = batch_parts(mesh)
+    return scored_sequences(config, parts) // config.train.accumulation // parts
+
+
+def kept_bytes(config: Config, state: TrainState, mesh: Mesh) -> int:
+    """Bytes of the final candidates of one device, in the form of its buffer."""
+    if not config.replay.capacity:
+        return 0
+    rows = config.replay.capacity // batch_parts(mesh)
+    item = local_bytes(state.replay.candidate) // rows
+    return item * local_sequences(config, mesh)
 
 
 def size_text(count: int) -> str:

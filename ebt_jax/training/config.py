@@ -337,6 +337,19 @@ def resolve(config: Config, vocab_size: int) -> Config:
     return dataclasses.replace(config, model=model, optim=optim)
 
 
+def scored_sequences(config: Config, devices: int = 1) -> int:
+    """Sequences that an update is made from: those of the batch and the replayed ones.
+
+    Args:
+      config: of the run.
+      devices: that share a batch.
+    """
+    parts = config.train.accumulation * devices
+    rows = config.train.batch_size // parts
+    replayed = config.replay.count(rows) if config.replay.capacity else 0
+    return (rows + replayed) * parts
+
+
 def _same_keys(where: str, given: set[str], known: set[str]) -> None:
     for key in sorted(given - known):
         close = difflib.get_close_matches(key, known, n=1)

@@ -10,7 +10,7 @@ import jax
 
 from ebt_jax.evaluation.flops import analytic_flops
 from ebt_jax.refine import PyTree
-from ebt_jax.training.config import Config
+from ebt_jax.training.config import Config, scored_sequences
 
 # Dense bf16 FLOP/s of a device, by the beginning of its `device_kind`. A chip of TPU v4
 # and v5p is one device.
@@ -42,13 +42,15 @@ def peak_flops(device_kind: str) -> float | None:
 def flops_per_update(config: Config, params: PyTree) -> float | None:
     """FLOPs that the mathematics needs for one update, over all devices.
 
+    With a replay buffer: once there is enough in it.
+
     Args:
       config: resolved.
       params: shapes of the parameters; None is returned for those of other models.
     """
     if "blocks" not in params:
         return None
-    tokens = config.train.batch_size * config.data.context
+    tokens = scored_sequences(config) * config.data.context
     return analytic_flops(config, params).total * tokens
 
 
