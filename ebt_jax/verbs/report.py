@@ -8,6 +8,7 @@ from absl import flags
 
 from ebt_jax.command import Flag, Verb
 from ebt_jax.verbs.common import COUNT, required
+from ebt_jax.verbs.thinking import parse_thinking
 
 
 def run(values: flags.FlagValues) -> None:
@@ -22,6 +23,7 @@ def run(values: flags.FlagValues) -> None:
         out,
         tokens=values.tokens,
         steps=values.steps,
+        thinking=parse_thinking(values.think) if values.think else None,
         command=_command(values),
     )
 
@@ -33,7 +35,8 @@ def _command(values: flags.FlagValues) -> str:
     words += [
         f"--{flag.name}={values[flag.name].value}"
         for flag in VERB.flags
-        if flag.default is not None and values[flag.name].value != flag.default
+        if flag.name not in ("workdir", "out")
+        and values[flag.name].value != flag.default
     ]
     return shlex.join(words)
 
@@ -41,13 +44,15 @@ def _command(values: flags.FlagValues) -> str:
 VERB = Verb(
     summary="one HTML file that compares runs: curves, tokens, energies",
     details="The file needs no network and no other file. The newest checkpoint of "
-    "each run\npredicts a few held-out tokens; --tokens=0 leaves that out.",
+    "each run\npredicts a few held-out tokens; --tokens=0 leaves that out. With "
+    "--think\nalso by a policy: what it takes, and on which kinds of tokens.",
     example="ebt report --workdir=runs/a,runs/b --out=report.html",
     call=run,
     flags=(
         Flag("workdir", "folders of runs, commas between", None, flags.DEFINE_list),
         Flag("out", "the HTML file to write"),
         Flag("tokens", "held-out tokens to look at; 0: none", 256, COUNT),
+        Flag("think", "a policy to compare, as in `ebt evaluate --think`"),
         Flag("steps", "refinement steps shown; 0: eval.curve_steps", 0, COUNT),
     ),
 )

@@ -15,7 +15,7 @@ from ebt_jax.data import tokenizers
 from ebt_jax.data.config import DataConfig
 from ebt_jax.evaluation.report import runs as reading
 from ebt_jax.evaluation.report.make import make_report
-from ebt_jax.evaluation.report.thinking import held_out_batch, label
+from ebt_jax.evaluation.report.thinking import held_out_batch, label, token_kinds
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import RefineSetup
 from ebt_jax.training import config as c
@@ -25,6 +25,7 @@ from ebt_jax.training.saving import Saver
 from ebt_jax.training.step import init_state
 
 CONTEXT, TOKENS, CURVE = 16, 20, 3
+POLICY = "until:tolerance=0,steps=4"
 # What could end a script or an element of the page, if it were not escaped.
 CORPUS = "</script><b>Energy</b> & rest: it falls until nothing changes.\n" * 20
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "image", "path", "circle"}
@@ -85,8 +86,8 @@ def text(folder):
     """The page of both."""
     workdirs = ",".join(str(folder / name) for name in ("<ebt>", "plain"))
     out = folder / "new" / "report.html"
-    argv = ["report", f"--workdir={workdirs}", f"--out={out}", f"--tokens={TOKENS}"]
-    assert cli.run(argv) == 0
+    flags = [f"--workdir={workdirs}", f"--out={out}", f"--tokens={TOKENS}"]
+    assert cli.run(["report", *flags, f"--think={POLICY}"]) == 0
     return out.read_text()
 
 
@@ -136,8 +137,14 @@ def test_the_page_is_whole_and_alone(text):
     assert len(page.ids) == len(set(page.ids))
     sections = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
     assert sections == [
-        "results", "learning", "thinking", "tokens", "landscapes", "settings",
-    ]  # fmt: skip
+        "results",
+        "learning",
+        "thinking",
+        "policy",
+        "tokens",
+        "landscapes",
+        "settings",
+    ]
     for tag, attrs in page.tags:
         for name in ("src", "href"):
             if name in attrs:
@@ -158,6 +165,7 @@ def test_it_says_what_was_compared_and_how_it_was_made(text, folder):
     assert shlex.split(command) == [
         "ebt", "report", f"--workdir={workdirs}",
         f"--out={folder / 'new' / 'report.html'}", f"--tokens={TOKENS}",
+        f"--think={POLICY}",
     ]  # fmt: skip
     said = page.said()
     assert "tokens trained on 2,560 2,560" in said
@@ -180,7 +188,7 @@ def test_curves_are_the_numbers_of_the_runs(text):
     assert level["label"] == "plain" and level["y"] == 4.8125
     assert level["kind"] == "level"
     (energy,), (gradient,) = charts["energy"]["series"], charts["gradient"]["series"]
-    assert len(energy["y"]) == CURVE + 1 and len(gradient["y"]) == CURVE
+    assert len(energy["y"]) == 5 and len(gradient["y"]) == 4  # as many as the policy's
 
 
 def test_tokens_are_those_held_out_and_their_candidates_are_shown(text, folder):
@@ -192,7 +200,7 @@ def test_tokens_are_those_held_out_and_their_candidates_are_shown(text, folder):
     assert [i for i, start in enumerate(ebt["starts"]) if start] == [0, CONTEXT]
     shown = "".join(ebt["texts"][str(i)] for i in targets)
     assert shown == bytes(targets).decode()
-    assert len(ebt["nll"]) == len(ebt["energy"]) == CURVE + 1
+    assert len(ebt["nll"]) == len(ebt["energy"]) == 5
     assert len(plain["nll"]) == 1 and plain["energy"] is None and plain["steps"] == 0
     assert ebt["steps"] == 2
     for candidates, losses in zip(ebt["probability"], ebt["nll"], strict=True):
@@ -213,6 +221,26 @@ def test_landscapes_are_drawn_of_the_energy_model_alone(text):
     assert all(name.startswith("Energy landscape, <ebt>, token") for name in labels)
 
 
+def test_a_policy_is_compared_and_its_steps_are_told_by_kind_of_token(text):
+    said = Page(text).said()
+    assert "The policy: num_steps 4, tolerance 0.0." in said
+    ebt, plain = numbers(text)["thoughts"]
+    taken = ebt["taken"]
+    assert len(taken) == TOKENS and {2, 3, 4} >= set(taken) and plain["taken"] is None
+    assert f"all {TOKENS} {sum(taken) / TOKENS:.4g}" in said
+    by_kind = re.findall(r"(inside a word|punctuation|white space) (\d+)", said)
+    kinds = token_kinds(
+        [ebt["texts"][str(i)] for i in ebt["target"]],
+        [ebt["texts"][str(i)] for i in ebt["before"]],
+    )
+    assert {kind: int(count) for kind, count in by_kind} == {
+        kind: kinds.count(kind) for kind, _ in by_kind
+    }
+    losses = [sum(row) / TOKENS for row in ebt["nll"]]
+    assert f"2 steps, as trained 2 2 {losses[2]:.4g}" in said
+    assert f"4 steps 4 4 {losses[4]:.4g}" in said
+
+
 # What there is not --------------------------------------------------------------------
 
 
@@ -225,7 +253,12 @@ def test_damage_is_named_and_the_rest_is_shown(folder, tmp_path):
     row = json.dumps({"step": 4, "train/loss": 2.0, "eval/nll": 2.5, "seconds": 1.0})
     (workdir / "metrics.jsonl").write_text(f"{row}\n[1]\n{row[:20]}\n")
     (workdir / "tasks").mkdir()
-    (workdir / "tasks" / "gsm8k.json").write_text('{"perplexity": 7.5, "items": [1]}')
+    task = {
+        "counts": {"items": 20},
+        "results": {"perplexity": 7.5, "nll/step_1": 2.25},
+        "scores": [{"nll": 1.0}],
+    }
+    (workdir / "tasks" / "gsm8k.json").write_text(json.dumps(task))
     (workdir / "tasks" / "squad.json").write_text('{"perplexity"')
     out = make_report([str(workdir)], tmp_path / "report.html")
     page = Page(out.read_text())
@@ -235,7 +268,8 @@ def test_damage_is_named_and_the_rest_is_shown(folder, tmp_path):
     assert "config.json is not of this version of EBT-JAX (config.model lacks" in said
     assert "tasks/squad.json cannot be read" in said
     assert "held-out nll, nats per token 2.5" in said
-    assert "gsm8k killed perplexity 7.5" in said
+    assert "task run items perplexity gsm8k killed 20 7.5 All numbers" in said
+    assert "results. nll/step_ 1 2.25" in said and "scores" not in said
     drawn = {a["data-chart"] for _, a in page.tags if "data-chart" in a}
     assert drawn == {"learning", "thinking"}
     assert numbers(out.read_text())["thoughts"] == []
@@ -290,10 +324,23 @@ def test_without_tokens_no_model_is_run(folder, tmp_path, capsys):
         ),
         (["--workdir={run}", "--out={new}/r.html", "--tokens=-1"], "--tokens=-1"),
         (["--workdir={run}", "--out={new}/r.html", "--steps=x"], "--steps=x"),
+        (
+            ["--workdir={run}", "--out={new}/r.html", "--think=untill"],
+            "there is no policy 'untill'; did you mean 'until'?",
+        ),
+        (
+            ["--workdir={run}", "--out={new}/r.html", "--think=fixed:steps=3"],
+            "none of the runs is an EBT that can be run; leave out --think",
+        ),
+        (
+            ["--workdir={ebt}", "--out={new}/r.html", "--think=until", "--tokens=0"],
+            "tokens is 0, so no model is run; leave out --think or --tokens=0",
+        ),
     ],
 )
 def test_mistakes(folder, tmp_path, capsys, flags, message):
-    names = {"run": folder / "plain", "folder": folder, "new": tmp_path / "new"}
+    names = {"run": folder / "plain", "ebt": folder / "<ebt>", "folder": folder}
+    names["new"] = tmp_path / "new"
     assert cli.run(["report", *(flag.format(**names) for flag in flags)]) == 2
     seen = capsys.readouterr()
     assert seen.err.startswith("error: ") and seen.err.count("\n") == 1
@@ -336,7 +383,22 @@ def test_names_are_as_long_as_they_have_to_be(tmp_path):
 
 
 def test_what_cannot_be_seen_gets_a_sign():
-    assert [label(7, text) for text in (" ", "\n", "word", "", "\x07", "a\nb")] == [
-        "␣", "↵", "word", "∅", "·", "a↵b",
-    ]  # fmt: skip
-    assert label(195, "\ufffd") == "‹195›"
+    signs = {" ": "␣", "\n": "↵", "word": "word", "": "∅", "a\n\x07": "a↵·"}
+    assert {text: label(7, text) for text in signs} == signs
+    assert label(195, "\ufffd") == "‹195›" and label(7, "\x07") == "‹7›"
+
+
+def test_kinds_of_tokens():
+    texts = ["The", "se", " two", "2", ",", "\n\n", "\ufffd", "a", "", " 10"]
+    assert token_kinds(texts, ["", *texts[:-1]]) == [
+        "start of a word",
+        "inside a word",
+        "start of a word",
+        "digits",
+        "punctuation",
+        "white space",
+        "part of a character",
+        "start of a word",
+        "white space",
+        "digits",
+    ]

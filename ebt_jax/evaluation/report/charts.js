@@ -15,6 +15,7 @@ const SHAPES = [
   "M0,-5.2L5.2,0L0,5.2L-5.2,0Z", "M0,5L4.6,-3.5H-4.6Z", "M-5,-2H-2V-5H2V-2H5V2H2V5H-2V2H-5Z",
 ];
 const COLOURS = 6;
+const NEAR = 12; // pixels from the cursor within which a point is read out
 
 function svg(name, attributes, parent) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -182,22 +183,24 @@ function drawChart(figure) {
     const stop = nearest(scale.stops, x);
     state.cursor = stop;
     scale.cross.setAttribute("d", `M${scale.px(stop)},${scale.box.top}V${scale.box.bottom}`);
-    const values = scale.shown.map((series) => {
-      if (series.kind === "level") return `${series.label}: ${short(series.y)}`;
+    const values = scale.shown.flatMap((series) => {
+      if (series.kind === "level") return [`${series.label}: ${short(series.y)}`];
       const known = points(series, state.axis);
       const at = nearest(known.map(([x]) => x), stop);
-      const found = known.find(([x]) => x === at);
-      return `${series.label}: ${short(found ? found[1] : null)}`;
+      if (!known.length || Math.abs(scale.px(at) - scale.px(stop)) > NEAR) return [];
+      return [`${series.label}: ${short(known.find(([x]) => x === at)[1])}`];
     });
     readout.textContent = `${scale.axis.label} ${short(stop)} – ${values.join(", ")}`;
   }
 
-  plot.addEventListener("pointermove", (event) => {
+  function follow(event) {
     if (!scale) return;
     const frame = scale.root.getBoundingClientRect();
     const at = ((event.clientX - frame.left) / frame.width) * scale.width;
     point(scale.stops.reduce((a, b) => (Math.abs(scale.px(b) - at) < Math.abs(scale.px(a) - at) ? b : a)));
-  });
+  }
+  plot.addEventListener("pointermove", follow);
+  plot.addEventListener("pointerdown", follow);
   plot.addEventListener("keydown", (event) => {
     if (!scale || !["ArrowLeft", "ArrowRight", "Home", "End"].includes(event.key)) return;
     event.preventDefault();

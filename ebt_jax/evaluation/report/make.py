@@ -11,6 +11,7 @@ from ebt_jax.errors import UserError
 from ebt_jax.evaluation.report.page import page
 from ebt_jax.evaluation.report.runs import Run, read_runs
 from ebt_jax.evaluation.report.thinking import Thoughts, think_over
+from ebt_jax.thinking import Thinking, check_thinking
 from ebt_jax.training.workdir import replace_text
 
 
@@ -20,6 +21,7 @@ def make_report(
     *,
     tokens: int = 256,
     steps: int = 0,
+    thinking: Thinking | None = None,
     command: str = "",
 ) -> Path:
     """Writes one HTML file about one or more runs; progress goes to stderr.
@@ -31,17 +33,23 @@ def make_report(
       out: the file; folders on its way are made.
       tokens: held-out tokens that each model is looked at with; 0: no model is run.
       steps: refinement steps shown; 0 for each run's `eval.curve_steps`.
+      thinking: a policy that is compared with fixed numbers of steps.
       command: what the page says that it was made with.
 
     Returns:
       The path of the file.
 
     Raises:
-      UserError: if a workdir is no run, or the file cannot be written.
+      UserError: if a workdir is no run, the file cannot be written, or no run can
+        think as asked.
     """
     file = check_out(out)
     runs = read_runs(workdirs)
-    thoughts = [_look_into(run, tokens, steps) if tokens else None for run in runs]
+    if thinking is not None:
+        _check_thinks(thinking, runs, tokens)
+    thoughts = [
+        _look_into(run, tokens, steps, thinking) if tokens else None for run in runs
+    ]
     text = page(runs, thoughts, command)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,12 +84,32 @@ def check_out(out: str | os.PathLike[str]) -> Path:
     return file
 
 
-def _look_into(run: Run, tokens: int, steps: int) -> Thoughts | None:
+def _check_thinks(thinking: Thinking, runs: Sequence[Run], tokens: int) -> None:
+    configs = [
+        run.config for run in runs if run.config and run.config.model.kind == "ebt"
+    ]
+    if not configs:
+        raise UserError(
+            "a policy of thinking is given, but none of the runs is an EBT that can be "
+            "run; leave out --think"
+        )
+    if not tokens:
+        raise UserError(
+            "a policy of thinking is given, but tokens is 0, so no model is run; leave "
+            "out --think or --tokens=0"
+        )
+    for config in configs:
+        check_thinking(thinking, config.refine.num_landscapes)
+
+
+def _look_into(
+    run: Run, tokens: int, steps: int, thinking: Thinking | None
+) -> Thoughts | None:
     if run.config is None:
         return None  # its notes say why
     _say(f"{run.name}: running the model over {tokens} held-out tokens")
     try:
-        return think_over(run.path, tokens=tokens, steps=steps)
+        return think_over(run.path, tokens=tokens, steps=steps, thinking=thinking)
     except UserError as error:
         run.notes.append(f"the model could not be run: {error}")
         return None

@@ -16,7 +16,7 @@ Section = tuple[str, str, str]  # id, heading, HTML
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     """A table that can be scrolled; cells are HTML, the first of a row is its name."""
-    lines = ['<div class="scroll" tabindex="0" role="group"><table>']
+    lines = ['<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>']
     if caption:
         lines.append(f"<caption>{caption}</caption>")
     cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
@@ -50,16 +50,15 @@ def chart_figure(name: str, about: str) -> str:
     )
 
 
-def setting_name(key: str) -> str:
-    """The name of a setting, which may be broken where its words end."""
-    parts = html.escape(key).replace("_", "_<wbr>").replace(".", ".<wbr>")
-    return f"<code>{parts}</code>"
+def breakable(name: str) -> str:
+    """A name with underscores and dots, which may be broken behind them."""
+    return html.escape(name).replace("_", "_<wbr>").replace(".", ".<wbr>")
 
 
 def run_name(i: int, run: Run) -> str:
     """A run's name beside its colour."""
     colour = f'<span class="swatch run-{i % COLOURS}" aria-hidden="true"></span>'
-    return colour + html.escape(run.name)
+    return f'<span class="run">{colour}{html.escape(run.name)}</span>'
 
 
 def heads(runs: Sequence[Run]) -> list[str]:

@@ -36,6 +36,7 @@ def page(runs: Sequence[Run], thoughts: Sequence[Thoughts | None], command: str)
         *tables.problems(runs),
         *pictures.learning(drawn),
         *pictures.thinking(drawn, runs, thoughts),
+        *pictures.policy(runs, thoughts),
         *pictures.tokens(runs, thoughts),
         *pictures.landscapes(runs, thoughts),
         *tables.tasks(runs),
@@ -83,6 +84,7 @@ def token_numbers(name: str, thoughts: Thoughts) -> dict[str, Any]:
         "norm": listed(seen.gradient_norm),
         "top": seen.top.tolist(),
         "probability": listed(seen.probability),
+        "taken": thoughts.policy.steps.tolist() if thoughts.policy else None,
         "labels": thoughts.labels,
         "texts": thoughts.texts,
     }

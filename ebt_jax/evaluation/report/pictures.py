@@ -6,10 +6,20 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jax.typing import ArrayLike
+
 from ebt_jax.evaluation.report.landscape import landscape_svg
-from ebt_jax.evaluation.report.markup import Section, chart_figure
+from ebt_jax.evaluation.report.markup import (
+    Section,
+    chart_figure,
+    number,
+    run_name,
+    table,
+)
 from ebt_jax.evaluation.report.runs import Run
-from ebt_jax.evaluation.report.thinking import Thoughts
+from ebt_jax.evaluation.report.thinking import Thoughts, token_kinds
+from ebt_jax.thinking import Thinking
 
 
 def learning(drawn: dict[str, Any]) -> list[Section]:
@@ -69,7 +79,8 @@ def tokens(runs: Sequence[Run], thoughts: Sequence[Thoughts | None]) -> list[Sec
     )
     content = f"""<p class="faint">Held-out text ({steps}). Point at a token, tap it, or
 use the arrow keys: the panel shows what was predicted for it, candidate by candidate.
-A click holds a token, Escape lets it go. The darker, the larger; gray: given.</p>
+A click holds a token, Escape lets it go. The stronger the shade, the
+larger; gray: given.</p>
 <div data-view="tokens"><div class="bar controls"></div>
 <div class="bar"><span class="faint range"></span></div>
 <div class="tokens">
@@ -114,3 +125,75 @@ def landscapes(
     )
     content = f'{about}<div class="charts">{"".join(pictures)}</div>'
     return [("landscapes", "Energy landscapes", content)]
+
+
+def policy(runs: Sequence[Run], thoughts: Sequence[Thoughts | None]) -> list[Section]:
+    """What a policy of thinking takes and gains, and on what it spends its steps."""
+    rows, histograms = [], []
+    for i, (run, thought) in enumerate(zip(runs, thoughts, strict=True)):
+        if thought is None or thought.policy is None:
+            continue
+        made, nll = thought.policy, thought.trace.nll[:, thought.scored]
+        ways = {f"{thought.trained_steps} steps, as trained": thought.trained_steps}
+        ways |= {f"{len(nll) - 1} steps": len(nll) - 1}
+        rows += [
+            [run_name(i, run), how, number(steps), number(steps), *_loss(nll[steps])]
+            for how, steps in ways.items()
+        ]
+        took, gradients = made.steps[thought.scored], made.gradients[thought.scored]
+        means = [number(float(count.mean())) for count in (took, gradients)]
+        loss = _loss(made.nll[thought.scored])
+        rows.append([run_name(i, run), "this policy", *means, *loss])
+        histograms.append(_histogram(i, run, thought))
+    if not rows:
+        return []
+    made = next(t.policy for t in thoughts if t is not None and t.policy is not None)
+    said = html.escape(
+        ", ".join(
+            f"{name} {value}"
+            for name, value in made.thinking._asdict().items()
+            if value != Thinking._field_defaults[name]
+        )
+    )
+    about = (
+        f'<p class="faint">The policy: {said or "as trained"}. Steps and energy '
+        "gradients are means per token, of the tokens shown below.</p>"
+    )
+    head = ["run", "how", "steps", "energy gradients", "nll", "perplexity"]
+    content = about + table(head, rows) + "".join(histograms)
+    return [("policy", "A policy of thinking", content)]
+
+
+def _loss(nll: ArrayLike) -> list[str]:
+    mean = float(np.mean(nll))
+    return [number(mean), number(float(np.exp(mean)))]
+
+
+def _histogram(i: int, run: Run, thought: Thoughts) -> str:
+    """How many of each kind of token took how many steps, shaded."""
+    assert thought.policy is not None
+    texts = [thought.texts[int(token)] for token in thought.target]
+    before = [thought.texts[int(token)] for token in thought.before]
+    kinds = np.array(token_kinds(texts, before))[thought.scored]
+    steps = thought.policy.steps[thought.scored]
+    counts = range(int(steps.min()), int(steps.max()) + 1)
+    rows = []
+    for kind in ["all", *sorted(set(kinds.tolist()))]:
+        these = steps if kind == "all" else steps[kinds == kind]
+        shares = [float((these == count).mean()) for count in counts]
+        cells = [
+            f'<span class="share" style="--v:{share:.3f}">{_percent(share)}</span>'
+            for share in shares
+        ]
+        mean = number(float(these.mean()))
+        rows.append([kind, number(len(these)), mean, *cells])
+    head = ["kind of token", "tokens", "mean steps", *map(str, counts)]
+    caption = "Share of the tokens of a kind that took so many steps."
+    name = f"<h3>{run_name(i, run)}: steps taken</h3>"
+    return name + table(head, rows, caption)
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.005:
+        return "&lt;1 %"
+    return f"{100 * share:.0f} %" if share else ""

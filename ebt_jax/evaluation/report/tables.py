@@ -13,10 +13,10 @@ import jax
 from ebt_jax.evaluation.report.markup import (
     DASH,
     Section,
+    breakable,
     heads,
     number,
     run_name,
-    setting_name,
     table,
 )
 from ebt_jax.evaluation.report.runs import Run, differing, series
@@ -65,7 +65,7 @@ def results(runs: Sequence[Run]) -> list[Section]:
         differences = table(
             heads(runs),
             [
-                [setting_name(key), *map(number, values)]
+                [f"<code>{breakable(key)}</code>", *map(number, values)]
                 for key, values in changed.items()
             ],
         )
@@ -102,7 +102,7 @@ def tasks(runs: Sequence[Run]) -> list[Section]:
     ]
     rows = [
         [
-            html.escape(name),
+            breakable(name),
             run_name(i, run),
             *(
                 number(run.tasks[name][key]) if key in run.tasks[name] else DASH
@@ -123,7 +123,7 @@ def _all_numbers(task: str, runs: Sequence[Run]) -> str:
     found = [run.tasks[task] if task in run.tasks else {} for run in runs]
     keys = dict.fromkeys(key for values in found for key in values)
     rows = [
-        [html.escape(key), *(number(v[key]) if key in v else DASH for v in found)]
+        [breakable(key), *(number(v[key]) if key in v else DASH for v in found)]
         for key in keys
     ]
     return table(heads(runs), rows)

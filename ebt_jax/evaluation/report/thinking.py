@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ from ebt_jax.evaluation.analysis import (
 )
 from ebt_jax.interfaces import EnergyModel, FeedForward
 from ebt_jax.refine import make_schedule
+from ebt_jax.thinking import Thinking
 from ebt_jax.training import checkpoint
 from ebt_jax.training.config import Config, resolve
+from ebt_jax.training.objective import build_objective
 from ebt_jax.training.workdir import read_config
 
 TOP = 5  # candidates shown of each step
@@ -44,6 +47,22 @@ class Landscape(NamedTuple):
     plane: Slice
 
 
+class Policy(NamedTuple):
+    """What predictions took, and what came of it, with a policy of thinking.
+
+    Attributes:
+      thinking: the policy.
+      steps: int `[predictions]`, refinement steps.
+      gradients: int `[predictions]`, evaluations of an energy and its gradient.
+      nll: `[predictions]`, nats.
+    """
+
+    thinking: Thinking
+    steps: np.ndarray
+    gradients: np.ndarray
+    nll: np.ndarray
+
+
 class Thoughts(NamedTuple):
     """What a model predicts for held-out tokens.
 
@@ -58,6 +77,7 @@ class Thoughts(NamedTuple):
       labels: how tokens are shown; those of `target`, `before` and `trace.top`.
       texts: the same, as they stand in a text.
       landscapes: of a few predictions.
+      policy: None where none was asked for, or the model does not think.
     """
 
     step: int
@@ -70,16 +90,20 @@ class Thoughts(NamedTuple):
     labels: dict[int, str]
     texts: dict[int, str]
     landscapes: list[Landscape]
+    policy: Policy | None
 
 
-def think_over(path: Path, *, tokens: int, steps: int) -> Thoughts:
+def think_over(
+    path: Path, *, tokens: int, steps: int = 0, thinking: Thinking | None = None
+) -> Thoughts:
     """Runs the newest checkpoint of a run over the first tokens that it has held out.
 
     Args:
       path: of the workdir.
       tokens: how many predictions, at least 1.
-      steps: refinement steps; 0 for `eval.curve_steps`, or the trained number if that
-        is larger.
+      steps: refinement steps; 0 for the largest of `eval.curve_steps`, the trained
+        number, and that of `thinking`.
+      thinking: a policy to compare with fixed numbers of steps.
 
     Raises:
       UserError: if there is no checkpoint, data or tokenizer, or they do not fit.
@@ -94,17 +118,19 @@ def think_over(path: Path, *, tokens: int, steps: int) -> Thoughts:
     key = jax.random.key(config.eval.seed)
     top = min(TOP, config.model.vocab_size)
     if isinstance(model, FeedForward):
-        trained, landscapes = 0, []
+        trained, landscapes, policy = 0, [], None
         look = functools.partial(trace_feed_forward, model, top=top)
         seen = _flat(jax.jit(look)(params, batch), tokens)
     else:
         trained = config.eval.num_steps or int(make_schedule(config.refine).length)
-        steps = steps or max(config.eval.curve_steps, trained)
+        most = thinking.num_steps if thinking else 0
+        steps = steps or max(config.eval.curve_steps, trained, most)
         look = functools.partial(trace, model, config.refine, num_steps=steps, top=top)
         seen = _flat(jax.jit(look)(params, batch, key), tokens)
         landscapes = _landscapes(
             model, config, params, batch, key, _interesting(seen, batch, trained)
         )
+        policy = thinking and _with_policy(config, params, batch, key, thinking, tokens)
     flat = {name: np.asarray(batch[name]).reshape(-1)[:tokens] for name in FIELDS}
     shown = {*flat["targets"], *flat["tokens"], *seen.top.reshape(-1)}
     texts = {int(i): tokenizer.decode([int(i)]) for i in shown}
@@ -120,6 +146,7 @@ def think_over(path: Path, *, tokens: int, steps: int) -> Thoughts:
         labels={i: label(i, text) for i, text in texts.items()},
         texts=texts,
         landscapes=landscapes,
+        policy=policy,
     )
 
 
@@ -142,10 +169,51 @@ def label(token: int, text: str) -> str:
     """How a token is shown by itself: what cannot be seen gets a sign."""
     if text in NAMES:
         return NAMES[text]
-    if "\ufffd" in text:
-        return f"‹{token}›"  # a part of a character
+    if "\ufffd" in text or (len(text) == 1 and not text.isprintable()):
+        return f"‹{token}›"  # a part of a character, or a control character
     return "".join(
         NAMES[c] if c in NAMES else c if c.isprintable() else "·" for c in text
+    )
+
+
+def token_kinds(texts: Sequence[str], before: Sequence[str]) -> list[str]:
+    """What kind of token each is, to see what thinking is spent on.
+
+    Args:
+      texts: of the tokens.
+      before: the text of the token before each.
+    """
+    return [_kind(text, previous) for text, previous in zip(texts, before, strict=True)]
+
+
+def _kind(text: str, before: str) -> str:
+    if "\ufffd" in text:
+        return "part of a character"
+    if not text.strip():
+        return "white space"
+    if any(c.isalpha() for c in text):
+        inside = text[0].isalpha() and before[-1:].isalpha()
+        return "inside a word" if inside else "start of a word"
+    return "digits" if any(c.isdigit() for c in text) else "punctuation"
+
+
+def _with_policy(
+    config: Config,
+    params: Any,
+    batch: pipeline.Batch,
+    key: jax.Array,
+    thinking: Thinking,
+    tokens: int,
+) -> Policy:
+    assess = build_objective(config).assess
+    assert assess is not None  # an energy model thinks
+    found = jax.jit(assess, static_argnums=3)(params, batch, key, thinking)
+    flat = lambda array: np.asarray(array).reshape(-1)[:tokens]
+    return Policy(
+        thinking=thinking,
+        steps=flat(found["num_steps"]),
+        gradients=flat(found["gradients"]),
+        nll=flat(found["nll"][0]),
     )
 
 

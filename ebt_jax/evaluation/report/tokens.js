@@ -4,13 +4,15 @@
 // data.thoughts is a list, one for each run that has a model:
 //   name, steps (trained), target, before: ids; starts, scored: 0 or 1;
 //   nll, energy: [candidate][token]; norm: [step][token]; top, probability:
-//   [candidate][token][k]; labels, texts: id -> string
+//   [candidate][token][k]; taken: [token], steps of a policy, or null;
+//   labels, texts: id -> string
 
 const SHADES = [
   { name: "loss", label: "loss, as trained", of: (t, i) => t.nll[trained(t)][i] },
   { name: "gain", label: "what refinement gained", of: (t, i) => (t.energy ? t.nll[0][i] - t.nll[trained(t)][i] : null) },
   { name: "energy", label: "final energy", of: (t, i) => (t.energy ? t.energy[t.energy.length - 1][i] : null) },
   { name: "drop", label: "drop of the energy", of: (t, i) => (t.energy ? t.energy[0][i] - t.energy[t.energy.length - 1][i] : null) },
+  { name: "taken", label: "steps the policy took", of: (t, i) => (t.taken ? t.taken[i] : null) },
 ];
 
 function trained(thoughts) {
@@ -41,7 +43,7 @@ function tokenView(root) {
   shades.addEventListener("change", () => { shade = SHADES.find((s) => s.name === shades.value); paint(); });
 
   function offerShades() {
-    const known = SHADES.filter((s) => s.of(thoughts, 0) !== null || thoughts.energy);
+    const known = SHADES.filter((s) => thoughts.target.some((_, i) => s.of(thoughts, i) !== null));
     if (!known.includes(shade)) shade = known[0];
     shades.replaceChildren();
     for (const s of known) html("option", { value: s.name }, shades, s.label);
@@ -103,7 +105,8 @@ function tokenView(root) {
     html("code", {}, head, t.labels[target]);
     const loss = t.nll[trained(t)][i];
     const how = t.energy ? ` after ${trained(t)} steps, as trained` : "";
-    html("p", { class: "faint" }, panel, t.scored[i] ? `Loss ${short(loss)} nats${how}; the right token is underlined.` : "Not scored (padding).");
+    const policy = t.taken ? ` The policy took ${t.taken[i]} steps.` : "";
+    html("p", { class: "faint" }, panel, t.scored[i] ? `Loss ${short(loss)} nats${how}; the right token is underlined.${policy}` : "Not scored (padding).");
     const table = html("table", {}, panel);
     const top = html("tr", {}, html("thead", {}, table));
     const columns = t.energy ? ["Step", "Energy", "Gradient", "Right token", "Likeliest"] : ["", "Right token", "Likeliest"];
