@@ -33,6 +33,7 @@ def run(values: flags.FlagValues) -> None:
 
     from ebt_jax.data import pipeline, tokenizers
     from ebt_jax.evaluation.metrics import evaluate
+    from ebt_jax.evaluation.uncertainty import find_doubts, judge, uncertainty_table
     from ebt_jax.training import checkpoint
     from ebt_jax.training.config import resolve
     from ebt_jax.training.monitor import finite
@@ -58,23 +59,33 @@ def run(values: flags.FlagValues) -> None:
         sequences=values.sequences,
         split="held_out" if values.data is None else "all",
     )
+    objective = build_objective(config)
     results = evaluate(
-        build_objective(config),
+        objective,
         params,
         batches,
         seed=config.eval.seed,
         thinking=thinking,
         progress=sys.stderr.isatty(),
     )
+    judged = {}
+    if values.uncertainty:
+        seed = config.eval.seed
+        judged = judge(
+            find_doubts(objective, params, batches, seed=seed, thinking=thinking)
+        )
     about = {
         "workdir": str(path),
         "checkpoint": step,
         "data": values.data or f"held-out part of {data.held_out_path or data.path}",
     }
     if values.json:
-        print(json.dumps(about | finite(results), allow_nan=False))
+        doubts = {f"uncertainty/{name}": value for name, value in judged.items()}
+        print(json.dumps(about | finite(results | doubts), allow_nan=False))
     else:
         print(_table(about, results))
+        if judged:
+            print(f"\n{uncertainty_table(judged)}")
 
 
 def _table(about: dict[str, Any], results: dict[str, float]) -> str:
@@ -114,6 +125,12 @@ VERB = Verb(
         CHECKPOINT,
         Flag("batch_size", "sequences at once; 0 for the config's", 0, COUNT),
         Flag("sequences", "how many to score; 0 for all", 0, COUNT),
+        Flag(
+            "uncertainty",
+            "whether energy and probability tell which predictions are wrong",
+            False,
+            flags.DEFINE_boolean,
+        ),
         *evaluate_tasks.FLAGS,
         Flag("json", "prints one line of JSON", False, flags.DEFINE_boolean),
     ),

@@ -23,7 +23,7 @@ FLAGS = (
     Flag("task", "benchmark tasks, joined by commas, or all of those in --data"),
     Flag("items", "how many items of each task, from the first; 0 for all", 0, COUNT),
 )
-_NOT_OF_TASKS = ("text_key", "packing", "sequences")
+_NOT_OF_TASKS = ("text_key", "packing", "sequences", "uncertainty")
 
 
 def run(values: flags.FlagValues) -> None:
@@ -34,7 +34,7 @@ def run(values: flags.FlagValues) -> None:
     for name in _NOT_OF_TASKS:
         if values[name].value:
             raise UserError(
-                f"--{name} is not for tasks, which know their files; leave it out"
+                f"--{name} is not for tasks; leave it out"
                 + (", or give --items" if name == "sequences" else "")
             )
 

@@ -183,22 +183,23 @@ LONG = [
 
 @pytest.mark.parametrize("make", [bigram, thinker])
 def test_batch_size_and_order_change_no_score(tmp_path, make):
-    results = {}
-    for size, records in ((2, LONG), (5, LONG), (3, LONG[::-1])):
-        lines = {json.dumps(record): str(i) for i, record in enumerate(LONG)}
-        named = lambda record, lines=lines: (
-            TASKS["dyck_languages"].parse(record)._replace(id=lines[json.dumps(record)])
-        )
-        who = examinee(make(), batch_size=size)
-        result = run(tmp_path, "dyck_languages", records, who, parse=named)
-        results[size] = sorted(result.items, key=lambda row: row["id"])
+    who = examinee(make())
+    names = {json.dumps(record): str(i) for i, record in enumerate(LONG)}
+
+    def named(record):
+        item = TASKS["dyck_languages"].parse(record)
+        return item._replace(id=names[json.dumps(record)])
+
+    def scored(records, batch_size):
+        who_now = who._replace(batch_size=batch_size)
+        result = run(tmp_path, "dyck_languages", records, who_now, parse=named)
         assert result.counts["answers in several windows"] == 1
         assert result.counts["prompts cut on the left"] == 3
-    for other in (5, 3):
-        for row, same in zip(results[other], results[2], strict=True):
-            assert row.pop("id") == same["id"]
-            same = {name: same[name] for name in row}
-            assert row == pytest.approx(same, rel=1e-6)
+        return sorted(result.items, key=lambda row: row["id"])
+
+    for row, same in zip(scored(LONG[::-1], 5), scored(LONG, 2), strict=True):
+        assert row.pop("id") == same.pop("id")
+        assert row == pytest.approx(same, rel=1e-6)
 
 
 def choices(right):

@@ -11,9 +11,8 @@ from ebt_jax.data.config import DataConfig
 from ebt_jax.evaluation.tasks.run import Result
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import RefineSetup
-from ebt_jax.training import checkpoint
+from ebt_jax.training import checkpoint, objective
 from ebt_jax.training.config import Config, EvalConfig, resolve
-from ebt_jax.training.objective import build_objective
 from ebt_jax.training.workdir import claim_workdir
 
 
@@ -29,7 +28,8 @@ def folder(tmp_path_factory):
     )
     config = resolve(config, 256)
     claim_workdir(path / "run", config)
-    params = jax.jit(build_objective(config).init)(jax.random.key(0))
+    made = objective.build_objective(config)
+    params = jax.jit(made.init)(jax.random.key(0))
     (path / "data" / "arc").mkdir(parents=True)
     (path / "data" / "lambada").mkdir()
     arc = {"query": "Which?", "choices": ["one", "two"], "gold": 1}
@@ -40,6 +40,8 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "pick_step", lambda path, step: 1)
         patch.setattr(checkpoint, "load_params", lambda path, step, config: params)
+        # Always the same one is compiled once.
+        patch.setattr(objective, "build_objective", lambda config: made)
         yield path
 
 
@@ -110,6 +112,7 @@ def test_a_table_of_all_that_is_there(capsys, folder, monkeypatch):
         (["--task=arc", "--packing=concat"], "--packing is not for tasks"),
         (["--task=arc", "--text_key=text"], "--text_key is not for tasks"),
         (["--task=arc", "--sequences=3"], "leave it out, or give --items"),
+        (["--task=arc", "--uncertainty"], "--uncertainty is not for tasks; leave it"),
         (["--task=arc,lambada", "--data=tfds:ai2_arc"], "is of one task, but --task"),
         (["--task=all", "--data=tfds:ai2_arc"], "is of one task, but --task is 'all'"),
         (
@@ -128,3 +131,20 @@ def test_mistakes(capsys, folder, flags, message):
     *_, last = err.splitlines()
     assert last.startswith("error: ") and message in last
     assert not (folder / "run" / "tasks" / "squad.json").exists()
+
+
+def test_uncertainty_beside_the_other_results(capsys, folder):
+    path = folder / "other.txt"
+    path.write_text("Energy falls until nothing changes. " * 9)
+    flags = [f"--data={path}", "--uncertainty"]
+    code, out, _ = run(capsys, folder, *flags)
+    assert code == 0
+    *_, head, energy, entropy, probability, last = out.splitlines()
+    assert head.split()[:2] == ["doubt", "AUROC"]
+    assert [energy.split()[0], entropy.split()[0]] == ["energy", "entropy"]
+    found = json.loads(run(capsys, folder, *flags, "--json")[1])
+    assert found["uncertainty/rank_correlation/energy"] == pytest.approx(
+        float(energy.split()[2]), abs=1e-4
+    )
+    assert f"{found['uncertainty/wrong']:.1%} of the likeliest tokens" in last
+    assert found["tokens"] == len(path.read_text()) - 1
