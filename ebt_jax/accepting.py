@@ -108,7 +108,7 @@ def refine_accepting(
         )
 
     def downhill(start: PyTree, point: _Point, scale: ArrayLike = 1.0) -> PyTree:
-        sizes = scale * base
+        sizes = jnp.asarray(scale) * base
         after, _ = update(start, point.gradient, sizes, base, config, None, None, batch)
         return after
 

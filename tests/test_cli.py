@@ -342,6 +342,8 @@ def test_evaluate_thinks_as_it_is_told_and_tells_what_it_took(capsys, workdir):
     assert until["energy_before"] == pytest.approx(plain["energy_before"], rel=1e-5)
     several = think("lower:steps=3+best_of:n=2,by=drop")
     assert several["energy_spread"] > 0 and several["energy_evaluations"] == 4
+    assert until["flops_per_token"] < plain["flops_per_token"]
+    assert plain["flops_per_token"] < several["flops_per_token"]
 
 
 def test_json_has_null_for_what_is_not_finite(capsys, workdir, monkeypatch):
@@ -377,7 +379,7 @@ def test_generate_prints_lines_of_json(capsys, workdir):
         assert row["text"] == text.decode(errors="replace")
         assert 1 <= row["refinement_steps"] <= 5
         assert row["energy_gradients"] >= 2 * row["refinement_steps"] - 5
-        assert row["energy_evaluations"] == 2
+        assert row["energy_evaluations"] == 2 and row["flops_per_token"] > 0
     plain = output(capsys, "generate", *flags[:1], *flags[2:], *thinking, *prompts)
     assert plain == "\n\n".join(row["text"] for row in rows) + "\n"
 

@@ -1,4 +1,4 @@
-"""FLOPs of a training step: by formula, and counted in the traced program.
+"""FLOPs of training and of thinking: by formula, and counted in the traced program.
 
 With N the weights that every token meets, L layers of width D, a vocabulary of V and S
 keys that a query is multiplied with, a pass through the blocks costs 2 N FLOPs per
@@ -83,6 +83,38 @@ def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flop
         contexts * (weights - spared) + candidates * weights,
         passes * _keys(config) * model.width,
         vocabulary * model.vocab_size * model.width,
+    )
+
+
+def thinking_flops(
+    config: Config, params: PyTree, gradients: float, energies: float
+) -> Flops:
+    """FLOPs of a prediction, by formula: its context's, and those of its candidates.
+
+    In the letters of the module's docstring an energy takes 2 N + 4 L S D + 2 V D, with
+    its gradient twice that, and a pass of Transformer++ as much as an energy.
+
+    Args:
+      config: a resolved config.
+      params: parameters, or their shapes.
+      gradients: evaluations of an energy and its gradient, see `thinking.Effort`.
+      energies: evaluations of an energy alone.
+    """
+    model = config.model
+    weights = count_token_weights(params)
+    attention = _keys(config) * model.width
+    passes, contexts = 2 * gradients + energies, 0
+    if model.kind == "transformer_pp":
+        passes = 1.0
+    elif model.conditioning == "default":
+        contexts = 1
+    else:
+        contexts = config.refine.num_landscapes
+    spared = weights / model.layers - 3 * model.width**2
+    return Flops(
+        2 * contexts * (weights - spared) + 2 * passes * weights,
+        4 * (contexts * (model.layers - 1) + passes * model.layers) * attention,
+        2 * passes * model.vocab_size * model.width,
     )
 
 

@@ -19,7 +19,13 @@ from ebt_jax.verbs.common import (
     changed,
     required,
 )
-from ebt_jax.verbs.thinking import DETAILS, THINK, check_thinks, parse_thinking
+from ebt_jax.verbs.thinking import (
+    DETAILS,
+    THINK,
+    check_thinks,
+    flops_per_token,
+    parse_thinking,
+)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -68,6 +74,7 @@ def run(values: flags.FlagValues) -> None:
         thinking=thinking,
         progress=sys.stderr.isatty(),
     )
+    results["flops_per_token"] = flops_per_token(config, params, results)
     judged = {}
     if values.uncertainty:
         seed = config.eval.seed
@@ -96,6 +103,7 @@ def _table(about: dict[str, Any], results: dict[str, float]) -> str:
         "energy_rose": "share of predictions whose energy rose",
         "energy_gradients": "evaluations per token",
         "energy_evaluations": "without gradient, per token",
+        "flops_per_token": "of thinking, by formula",
         "energy_spread": "of the candidates' minima, standard deviation",
         "tokens": "scored",
     }

@@ -18,7 +18,13 @@ from ebt_jax.verbs.common import (
     WORKDIR,
     required,
 )
-from ebt_jax.verbs.thinking import DETAILS, THINK, check_thinks, parse_thinking
+from ebt_jax.verbs.thinking import (
+    DETAILS,
+    THINK,
+    check_thinks,
+    flops_per_token,
+    parse_thinking,
+)
 
 if TYPE_CHECKING:
     from ebt_jax.evaluation.generation import Continuation
@@ -44,9 +50,10 @@ def run(values: flags.FlagValues) -> None:
     check_thinks(values.think, thinking, config)
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
+    params = checkpoint.restore_params(path, values.checkpoint)
     made = generate(
         build_objective(config),
-        checkpoint.restore_params(path, values.checkpoint),
+        params,
         tokenizer,
         prompts,
         context=config.data.context,
@@ -62,7 +69,9 @@ def run(values: flags.FlagValues) -> None:
         print()
     elif values.json:
         for continuation in made:
-            print(json.dumps(_row(continuation)))
+            row = _row(continuation)
+            row["flops_per_token"] = flops_per_token(config, params, row)
+            print(json.dumps(row))
     else:
         print("\n\n".join(continuation.text for continuation in made))
 
@@ -97,7 +106,7 @@ VERB = Verb(
     details="What a prompt becomes depends on the seed and its number, not on the "
     "other prompts.\n--json prints a line for each continuation: prompt, sample, "
     "text, tokens and\nmeans per token: refinement steps, energy gradients, energies "
-    "alone.\n\n" + DETAILS,
+    "alone,\nFLOPs.\n\n" + DETAILS,
     example="ebt generate --workdir=runs/a --prompt='The statement' --new=300",
     call=run,
     flags=(

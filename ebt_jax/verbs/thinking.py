@@ -10,13 +10,14 @@ joined by a plus sign.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ebt_jax.command import Flag, suggest
 from ebt_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from ebt_jax.refine import PyTree
     from ebt_jax.thinking import Method, Thinking
     from ebt_jax.training.config import Config
 
@@ -87,6 +88,17 @@ def check_thinks(text: str | None, thinking: Thinking, config: Config) -> None:
             f"--think={text} has nothing to end: a step in each landscape is always "
             f"taken, and there are {landscapes}; give more steps, the most of them"
         )
+
+
+def flops_per_token(
+    config: Config, params: PyTree, results: Mapping[str, Any]
+) -> float:
+    """FLOPs of a prediction, by the evaluations of energies that results tell."""
+    from ebt_jax.evaluation.flops import thinking_flops
+
+    names = ("energy_gradients", "energy_evaluations")
+    counts = (results[name] if name in results else 0.0 for name in names)
+    return thinking_flops(config, params, *counts).total
 
 
 def _parse(text: str) -> Thinking:

@@ -12,10 +12,12 @@ from ebt_jax.evaluation.flops import (
     count_flops,
     formula,
     mean_steps,
+    thinking_flops,
 )
 from ebt_jax.evaluation.inspect import batch_shapes
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.thinking import Thinking
 from ebt_jax.training.config import Config, TrainConfig, resolve
 from ebt_jax.training.objective import build_objective
 
@@ -214,3 +216,26 @@ def test_the_program_computes_what_the_formula_says(loss_steps, values):
     # Besides, it has the energy head, and with landscapes a step token in each context.
     more = 1.001 + ("num_landscapes" in values) / SEQ
     assert needed <= counted(c) < more * needed
+
+
+@pytest.mark.parametrize(
+    ("values", "thinking", "gradients", "energies"),
+    [
+        ({"kind": "transformer_pp"}, Thinking(), 0, 0),
+        ({"num_steps": 2}, Thinking(4), 4, 0),
+        ({"num_steps": 2, "num_landscapes": 2}, Thinking(best_of=3), 6, 3),
+        ({"num_steps": 2}, Thinking(best_of=2, by="drop"), 4, 4),
+    ],
+)
+def test_thinking_computes_what_its_formula_says(values, thinking, gradients, energies):
+    c = config(**values)
+    objective = build_objective(c)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = {**batch_shapes(c), "index": jax.ShapeDtypeStruct((1,), jnp.int32)}
+    predict = jax.jit(objective.predict, static_argnums=3)
+    traced = predict.trace(shapes(c), batch, key, thinking)
+    counted = count_flops(traced.jaxpr.jaxpr) / SEQ
+    needed = thinking_flops(c, shapes(c), gradients, energies).total
+    # As above, and a context's last block, which only the compiler leaves out.
+    more = 1.05 + ("num_landscapes" in values) / SEQ
+    assert needed <= counted < more * needed
