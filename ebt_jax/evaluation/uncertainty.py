@@ -1,8 +1,9 @@
 """Whether a model knows when it is wrong.
 
 Each prediction has measures of doubt: the energy of the final candidate in the last
-landscape, and, of its distribution, the entropy and one minus the largest probability.
-A good one is high where the likeliest token is not the right one, and where the loss is
+landscape, how little that is below the energy of the initial candidate in the first
+one, and, of its distribution, the entropy and one minus the largest probability. A good
+measure is high where the likeliest token is not the right one, and where the loss is
 high. All numbers are of ranks, but for the calibration error, so the scale of a measure
 does not matter.
 """
@@ -205,6 +206,7 @@ def _arrays(
     }
     if "energy" in found:
         arrays["energy"] = found["energy"][-1]
+        arrays["energy_drop"] = found["energy"][-1] - found["energy"][0]
     arrays["entropy"] = -(probability * log_probability).sum(axis=-1)
     arrays["max_probability"] = 1 - probability.max(axis=-1)
     return arrays

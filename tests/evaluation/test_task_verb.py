@@ -139,9 +139,10 @@ def test_uncertainty_beside_the_other_results(capsys, folder):
     flags = [f"--data={path}", "--uncertainty"]
     code, out, _ = run(capsys, folder, *flags)
     assert code == 0
-    *_, head, energy, entropy, probability, last = out.splitlines()
+    *_, head, energy, drop, entropy, probability, last = out.splitlines()
     assert head.split()[:2] == ["doubt", "AUROC"]
-    assert [energy.split()[0], entropy.split()[0]] == ["energy", "entropy"]
+    names = [line.split()[0] for line in (energy, drop, entropy, probability)]
+    assert names == ["energy", "energy_drop", "entropy", "max_probability"]
     found = json.loads(run(capsys, folder, *flags, "--json")[1])
     assert found["uncertainty/rank_correlation/energy"] == pytest.approx(
         float(energy.split()[2]), abs=1e-4

@@ -83,10 +83,12 @@ def test_doubts_are_of_the_final_candidate_and_not_of_the_batch_size():
     np.testing.assert_allclose(found.nll, arrays["nll"][-1][scored], rtol=1e-5)
     energy = arrays["energy"][-1][scored]
     np.testing.assert_allclose(found.measures["energy"], energy, rtol=1e-5)
+    rise = (arrays["energy"][-1] - arrays["energy"][0])[scored]
+    np.testing.assert_allclose(found.measures["energy_drop"], rise, rtol=1e-5)
     other = find_doubts(objective, params, batches(5), seed=3, thinking=thinking)
     np.testing.assert_allclose(other.nll, found.nll, rtol=1e-5)
     np.testing.assert_array_equal(other.wrong, found.wrong)
-    for name in ("energy", "entropy", "max_probability"):
+    for name in ("energy", "energy_drop", "entropy", "max_probability"):
         np.testing.assert_allclose(
             other.measures[name], found.measures[name], rtol=1e-4, atol=1e-6
         )
