@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 
 import jax
 import pytest
@@ -180,7 +181,11 @@ def test_curves_are_the_numbers_of_the_runs(text):
     charts = numbers(text)["charts"]
     learning = {series["label"]: series for series in charts["learning"]["series"]}
     loss = learning["<ebt>, training"]
-    assert loss["x"] == {"step": [1, 20], "seconds": [1.5, 63.0]}
+    assert loss["x"] == {
+        "step": [1, 20],
+        "tokens": [128.0, 2560.0],
+        "seconds": [1.5, 63.0],
+    }
     assert loss["y"] == [5.5, 4.5] and loss["kind"] == "thin"
     assert learning["plain, held out"]["y"] == [4.75]
     curve, level = charts["thinking"]["series"]
@@ -298,6 +303,16 @@ def test_a_model_that_cannot_be_run_is_a_note(folder, tmp_path):
     (workdir / "checkpoints").symlink_to(folder / "plain" / "checkpoints")
     said = Page(make_report([str(workdir)], tmp_path / "b.html").read_text()).said()
     assert "the model could not be run" in said and "gone.txt" in said
+
+
+def test_a_damaged_checkpoint_is_a_note_and_the_one_before_is_run(folder, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(folder / "plain", workdir)
+    (workdir / "checkpoints" / "30").mkdir()
+    out = make_report([str(workdir)], tmp_path / "report.html", tokens=4)
+    said = Page(out.read_text()).said()
+    assert "the checkpoint of step 30 is damaged: that of step 20 was run." in said
+    assert len(numbers(out.read_text())["thoughts"][0]["target"]) == 4
 
 
 def test_without_tokens_no_model_is_run(folder, tmp_path, capsys):

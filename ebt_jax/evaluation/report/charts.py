@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ebt_jax.evaluation.report.runs import Run, series, thinking_curve, thinned
+from ebt_jax.evaluation.report.runs import (
+    Run,
+    series,
+    thinking_curve,
+    thinned,
+    tokens_per_step,
+)
 from ebt_jax.evaluation.report.thinking import Thoughts
 
 MOST_POINTS = 400  # of a curve; more are averaged
@@ -22,14 +28,16 @@ def learning_chart(runs: Sequence[Run]) -> Chart:
     for i, run in enumerate(runs):
         loss, size = thinned(series(run.rows, "train/loss"), MOST_POINTS)
         held_out, _ = thinned(series(run.rows, "eval/nll"), MOST_POINTS)
+        per_step = tokens_per_step(run)
         means = f", means of {size}" if size > 1 else ""
         curves += [
-            _learnt(f"{run.name}, training{means}", i, "thin", loss),
-            _learnt(f"{run.name}, held out", i, "thick", held_out),
+            _learnt(f"{run.name}, training{means}", i, "thin", loss, per_step),
+            _learnt(f"{run.name}, held out", i, "thick", held_out, per_step),
         ]
     return {
         "axes": [
             {"name": "step", "label": "optimiser step", "integer": True},
+            {"name": "tokens", "label": "tokens trained on", "integer": True},
             {"name": "seconds", "label": "seconds of training", "integer": False},
         ],
         "y": "nats per token",
@@ -85,10 +93,18 @@ def finite_list(array: Any) -> Any:
 
 
 def _learnt(
-    label: str, run: int, kind: str, points: list[tuple[int, float, float]]
+    label: str,
+    run: int,
+    kind: str,
+    points: list[tuple[int, float, float]],
+    per_step: float | None,
 ) -> dict[str, Any]:
     steps, seconds, values = zip(*points, strict=True) if points else ((), (), ())
-    x = {"step": list(steps), "seconds": finite_list(seconds)}
+    x = {
+        "step": list(steps),
+        "tokens": [per_step and step * per_step for step in steps],
+        "seconds": finite_list(seconds),
+    }
     y = finite_list(values)
     return {"label": label, "run": run, "kind": kind, "x": x, "y": y}
 

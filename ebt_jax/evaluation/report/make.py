@@ -12,7 +12,7 @@ from ebt_jax.evaluation.report.page import page
 from ebt_jax.evaluation.report.runs import Run, read_runs
 from ebt_jax.evaluation.report.thinking import Thoughts, think_over
 from ebt_jax.thinking import Thinking, check_thinking
-from ebt_jax.training.workdir import replace_text
+from ebt_jax.training.workdir import checkpoint_steps, replace_text
 
 
 def make_report(
@@ -109,10 +109,17 @@ def _look_into(
         return None  # its notes say why
     _say(f"{run.name}: running the model over {tokens} held-out tokens")
     try:
-        return think_over(run.path, tokens=tokens, steps=steps, thinking=thinking)
+        thoughts = think_over(run.path, tokens=tokens, steps=steps, thinking=thinking)
     except UserError as error:
         run.notes.append(f"the model could not be run: {error}")
         return None
+    newest = max(checkpoint_steps(run.path))
+    if thoughts.step != newest:
+        run.notes.append(
+            f"the checkpoint of step {newest} is damaged: that of step {thoughts.step} "
+            "was run"
+        )
+    return thoughts
 
 
 def _say(text: str) -> None:

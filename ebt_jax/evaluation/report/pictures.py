@@ -165,8 +165,9 @@ def policy(runs: Sequence[Run], thoughts: Sequence[Thoughts | None]) -> list[Sec
 
 
 def _loss(nll: ArrayLike) -> list[str]:
-    mean = float(np.mean(nll))
-    return [number(mean), number(float(np.exp(mean)))]
+    mean = np.mean(nll, dtype=float)
+    with np.errstate(over="ignore"):
+        return [number(float(mean)), number(float(np.exp(mean)))]
 
 
 def _histogram(i: int, run: Run, thought: Thoughts) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,12 @@ def series(rows: Sequence[Row], name: str) -> list[tuple[int, float, float]]:
         for row in rows
         if name in row
     ]
+
+
+def tokens_per_step(run: Run) -> float | None:
+    """Mean of the logged steps, without padding; None where nothing is logged."""
+    counts = [tokens for _, _, tokens in series(run.rows, "train/tokens")]
+    return statistics.mean(counts) if counts else None
 
 
 def thinned(

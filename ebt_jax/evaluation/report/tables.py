@@ -19,7 +19,7 @@ from ebt_jax.evaluation.report.markup import (
     run_name,
     table,
 )
-from ebt_jax.evaluation.report.runs import Run, differing, series
+from ebt_jax.evaluation.report.runs import Run, differing, series, tokens_per_step
 from ebt_jax.training.objective import build_objective
 
 KINDS = {"ebt": "EBT", "transformer_pp": "Transformer++"}
@@ -171,9 +171,8 @@ def _steps(run: Run) -> str:
 
 
 def _tokens_seen(run: Run) -> float | None:
-    """Steps times the mean of the logged steps' tokens: padding does not count."""
-    per_step = [tokens for _, _, tokens in series(run.rows, "train/tokens")]
-    return run.rows[-1]["step"] * statistics.mean(per_step) if per_step else None
+    per_step = tokens_per_step(run)
+    return per_step and run.rows[-1]["step"] * per_step
 
 
 def _result(runs: Sequence[Run], name: str) -> list[str]:

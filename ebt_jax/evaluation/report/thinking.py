@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ebt_jax import models
@@ -208,7 +209,7 @@ def _with_policy(
     assess = build_objective(config).assess
     assert assess is not None  # an energy model thinks
     found = jax.jit(assess, static_argnums=3)(params, batch, key, thinking)
-    flat = lambda array: np.asarray(array).reshape(-1)[:tokens]
+    flat = lambda array: _as_numpy(array).reshape(-1)[:tokens]
     return Policy(
         thinking=thinking,
         steps=flat(found["num_steps"]),
@@ -217,12 +218,19 @@ def _with_policy(
     )
 
 
+def _as_numpy(array: jax.Array) -> np.ndarray:
+    """An array for NumPy: of bfloat16 not all of its functions know."""
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(jnp.float32)
+    return np.asarray(array)
+
+
 def _flat(seen: Trace, tokens: int) -> Trace:
     """With one axis of predictions for `[batch, seq]`."""
 
     def reshape(array: jax.Array) -> np.ndarray:
         steps, batch, seq, *rest = array.shape
-        return np.asarray(array).reshape(steps, batch * seq, *rest)[:, :tokens]
+        return _as_numpy(array).reshape(steps, batch * seq, *rest)[:, :tokens]
 
     return jax.tree.map(reshape, seen)
 
@@ -261,7 +269,7 @@ def _landscapes(
         points=POINTS,
     )
     first = {name: array[:1] for name, array in batch.items()}
-    planes = jax.device_get(jax.jit(look)(params, first, key))
+    planes = jax.tree.map(_as_numpy, jax.jit(look)(params, first, key))
 
     def of(place: int) -> Slice:
         # `batch` and `seq` are the last axes but for those that end in (x, y).
