@@ -62,6 +62,7 @@ def test_results_as_json_and_in_the_workdir(capsys, folder):
     assert arc["counts"]["items"] == 2 and arc["counts"]["malformed"] == 1
     assert 0 <= arc["results"]["accuracy_energy"] <= 1
     assert arc["results"]["chance"] == 0.5
+    assert arc["results"]["energy_gradients"] == 1
     assert "line 2: is not JSON" in err
     assert "arc: 2 items, multiple choice, by letter; 1 malformed; " in err
     assert sorted(file.name for file in (folder / "run" / "tasks").iterdir()) == [

@@ -50,6 +50,7 @@ class Scores(NamedTuple):
       excess: by how much that is above the energy of the model's own predictions.
       wrong: tokens of the answer that are not the likeliest ones, nan where that was
         not asked for.
+      gradients: evaluations of an energy and its gradient, nan where there is none.
     """
 
     nll: np.ndarray
@@ -61,6 +62,7 @@ class Scores(NamedTuple):
     energy: float
     excess: float
     wrong: float
+    gradients: float
 
 
 def energy_of_targets(model: EnergyModel, num_landscapes: int) -> EnergyOfTargets:
@@ -137,6 +139,7 @@ def _of_row(
         energy=float(of("energy")),
         excess=float(of("excess")),
         wrong=float(of("wrong")),
+        gradients=float(of("gradients")),
     )
 
 
@@ -157,6 +160,8 @@ def _sums(
         "nll": total(arrays["nll"], batch["weights"][None]),
         "answer_nll": total(arrays["nll"], answer[None]),
     }
+    if "gradients" in arrays:
+        sums["gradients"] = total(arrays["gradients"], batch["weights"])
     if scorer.energy is not None:
         energy = scorer.energy(params, batch)
         sums["energy"] = total(energy, answer)

@@ -68,8 +68,9 @@ class Result(NamedTuple):
       sources: files, or a TFDS name.
       numbers: by name: `nll` (nats per token), `perplexity`, `bits_per_byte`, over all
         tokens of prompts and right answers but the first of each, and with `answer_`
-        over those of the answers alone; of a refinement also `nll/step_i`. Accuracies
-        are shares of the items.
+        over those of the answers alone; of a refinement also `nll/step_i`, where it is
+        nothing but a number of steps, and `energy_gradients`, evaluations of an energy
+        and its gradient for each token. Accuracies are shares of the items.
       items: of each item its id and scores; sums over tokens, in nats.
     """
 
@@ -300,6 +301,8 @@ def _likelihood(scores: Sequence[Scores]) -> dict[str, float]:
             for step, value in enumerate(nll / tokens, 1):
                 numbers[f"{part}nll/step_{step}"] = float(value)
         numbers[f"{part}tokens"] = float(tokens)
+    if np.isfinite(total.gradients):
+        numbers["energy_gradients"] = float(total.gradients / total.tokens)
     return numbers
 
 
