@@ -12,8 +12,8 @@ Words, joined by commas after the colon:
     s2              System 2 as published: 2 or 3 steps, Langevin noise, random step
                     sizes around 5, loss on the last, half as many sequences as a batch
                     has from a replay buffer of the last 6 batches
-    no_replay       s2 without the buffer
-    no_langevin     s2 without noise
+    no_replay            s2 without the buffer
+    no_langevin          s2 without noise
     no_random_step_size  s2 with step size 5
     no_random_steps      s2 with 3 steps
     anchored        System 1 whose candidates start from the token they continue; step

@@ -1,19 +1,34 @@
 """Every experiment file resolves, is learnable in small, and says what it does."""
 
+import json
 import pathlib
 import re
 import runpy
 
+import jax
 import pytest
 
 from ebt_jax import cli
 from ebt_jax.command import load_config
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES
+from ebt_jax.training import checkpoint
 from ebt_jax.training.config import differences, from_config_dict
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
 TEXT = next(path for path in FILES if path.stem == "text")
+QUICK = (
+    "--steps=2",
+    "--config.eval.curve_steps=0",
+    "--config.eval.sample_tokens=0",
+    "--config.mesh.data=4",  # eight could not replay half of their one sequence
+)
+QUICKER = (
+    "--config.model.unroll=0",
+    "--config.model.num_layers=1",
+    "--config.log.plots=False",
+    "--config.log.tensorboard=False",
+)
 METHODS = ("s1", "s2", "anchored", "transformer_pp")
 
 
@@ -95,6 +110,25 @@ def test_the_docstring_names_every_word():
     assert set(words) == {word for kind in kinds for word in names[kind]}
 
 
+def test_from_system_1_to_system_2_by_the_commands_of_the_docstring(tmp_path):
+    doc = runpy.run_path(str(TEXT))["__doc__"]
+    recipe = doc.split("From System 1 to System 2")[1].split("Measured")[0]
+    commands = recipe.split("    ebt ")[1:]
+    assert len(commands) == 2
+    for command in commands:
+        command = command.replace("experiments/text.py:", f"{TEXT}:tiny,")
+        argv = command.replace("=runs/", f"={tmp_path}/").split()
+        assert cli.run([*argv, *QUICK, *QUICKER]) == 0
+    lines = (tmp_path / "s2" / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert (first["train/step_size"], first["train/noise_std"]) == (5.0, 3.0)
+    assert first["train/replayed"] == 0 and second["train/replayed"] > 0.2
+    begun = checkpoint.restore_params(tmp_path / "s1")
+    after = checkpoint.restore_params(tmp_path / "s2")
+    change = jax.tree.map(lambda a, b: float(abs(a - b).max()), begun, after)
+    assert 0 < max(jax.tree.leaves(change["blocks"])) < 0.02  # of two small updates
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -118,12 +152,7 @@ def test_errors(words, message):
 def test_tiny_runs_train_evaluate_and_write(method, tmp_path, capsys):
     workdir = f"--workdir={tmp_path / 'run'}"
     config = f"--config={TEXT}:tiny,{method}"
-    quick = [
-        "--steps=2",
-        "--config.eval.curve_steps=0",
-        "--config.eval.sample_tokens=0",
-    ]
-    assert cli.run(["train", config, workdir, *quick]) == 0
+    assert cli.run(["train", config, workdir, *QUICK]) == 0
     assert cli.run(["evaluate", workdir]) == 0
     assert "perplexity" in capsys.readouterr().out
     assert cli.run(["generate", workdir, "--prompt=The", "--new=3"]) == 0

@@ -204,7 +204,7 @@ def check_replay(replay: ReplayConfig, config: TrainConfig, mesh: Mesh) -> None:
         raise UserError(
             f"replay.fraction is {replay.fraction}, which of a device's share of a "
             f"batch, {share} sequences, is none; raise it to at least {1 / share:.3g}, "
-            "or set replay.capacity to 0"
+            "use fewer devices, or set replay.capacity to 0"
         )
 
 
