@@ -154,6 +154,13 @@ def test_malformed_lines_are_named_and_counted(tmp_path):
     assert "is not UTF-8" in warnings[2]
 
 
+def test_half_a_character_is_no_text(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", GSM8K, GSM8K | {"question": "a \ud83d"})
+    found, (warning,) = read("gsm8k", path)
+    assert len(found.items) == 1
+    assert warning.endswith(r"line 2: holds '\ud83d', which is no character")
+
+
 def test_many_malformed_lines_are_summed_up(tmp_path):
     path = write_lines(tmp_path / "test.jsonl", *[{}] * 30, GSM8K)
     found, warnings = read("gsm8k", path)

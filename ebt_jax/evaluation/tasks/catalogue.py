@@ -1,7 +1,10 @@
 """The benchmark tasks: their files, how a record becomes an item, and what is scored.
 
 Formats are those of the published evaluation: `Question: ...` and, on the next line,
-`Answer: ...`. The space or line end before an answer is a part of the answer.
+`Answer: ...`. The space or line end before an answer is a part of the answer. Answers
+are generated from the same prompts; the published code puts its labels in brackets
+there, which a model that is not fine-tuned has never seen either way. ARC is also asked
+without showing the choices, as is usual for small models.
 """
 
 from __future__ import annotations

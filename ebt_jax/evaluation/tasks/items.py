@@ -117,9 +117,7 @@ def read_items(
     first = ""
     for where, record in _all_records(sources, nested):
         try:
-            if isinstance(record, ValueError):
-                raise record
-            item = parse(record)
+            item = _item(record, parse)
         except ValueError as error:
             malformed += 1
             first = first or f"{where}: {error}"
@@ -157,6 +155,19 @@ def read_text(path: str) -> str:
 
 
 _FAILURES = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
+
+
+def _item(record: Any, parse: Callable[[Any], Item | None]) -> Item | None:
+    if isinstance(record, ValueError):
+        raise record
+    item = parse(record)
+    if item is not None:
+        try:  # JSON can spell half a character
+            "".join((item.prompt, *item.answers, *item.choices)).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"holds {half!r}, which is no character") from error
+    return item
 
 
 def _all_records(
