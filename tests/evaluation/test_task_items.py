@@ -219,6 +219,15 @@ def test_the_first_items_of_several_files(tmp_path):
             {"question": "Which?", "choices": ARC_LABELS, "answerKey": "C"},
             r"field 'answerKey' is 'C', none of \['A', 'B'\]",
         ),
+        (
+            "arc",
+            {
+                "question": "Which?",
+                "choices": ARC_LABELS | {"label": ["A"]},
+                "answerKey": "A",
+            },
+            "has not as many labels as choices, 2",
+        ),
         ("arc", ARC | {"choices": ["a"] * 11}, "has 11 choices, more than 10"),
         ("planbench", PLAN | {"ground_truth_plan": 1}, "is not text or empty"),
     ],

@@ -238,6 +238,8 @@ def _arc(record: Any) -> tuple[str, list[str], int]:
             }
         texts, labels = _texts(choices, "text"), _field(choices, "label")
         key = _field(record, "answerKey")
+        if not isinstance(labels, list) or len(labels) != len(texts):
+            raise ValueError(f"has not as many labels as choices, {len(texts)}")
         if key not in labels:
             raise ValueError(f"field 'answerKey' is {key!r}, none of {labels}")
         gold = labels.index(key)
