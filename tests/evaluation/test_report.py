@@ -157,6 +157,21 @@ def test_the_page_is_whole_and_alone(text):
     assert set(linked) <= set(page.ids)
 
 
+def test_scripts_find_what_they_look_for(text):
+    page = Page(text)
+    classes = {
+        name
+        for _, attrs in page.tags
+        if "class" in attrs
+        for name in attrs["class"].split()
+    }
+    wanted = re.findall(r'querySelector\("\.([\w-]+)"\)', text)
+    assert wanted and set(wanted) <= classes
+    charts = {attrs["data-chart"] for _, attrs in page.tags if "data-chart" in attrs}
+    assert charts == set(numbers(text)["charts"])
+    assert [a for _, a in page.tags if "data-view" in a] == [{"data-view": "tokens"}]
+
+
 def test_it_says_what_was_compared_and_how_it_was_made(text, folder):
     page = Page(text)
     title = "<ebt> (EBT 4xs), plain (Transformer++ 4xs)"

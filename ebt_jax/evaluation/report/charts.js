@@ -17,6 +17,11 @@ const SHAPES = [
 const COLOURS = 6;
 const NEAR = 12; // pixels from the cursor within which a point is read out
 
+// Runs of the same colour have different marks.
+function shape(run) {
+  return SHAPES[(run + Math.floor(run / COLOURS)) % SHAPES.length];
+}
+
 function svg(name, attributes, parent) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
@@ -104,7 +109,7 @@ function drawChart(figure) {
     const button = html("button", { type: "button", "aria-pressed": "true", class: `run-${series.run % COLOURS}` }, legend);
     const sample = svg("svg", { viewBox: "0 0 28 12", "aria-hidden": "true" }, button);
     svg("path", { d: "M1,6H27", class: `curve ${series.kind}` }, sample);
-    if (series.kind === "thick") svg("path", { d: SHAPES[series.run % SHAPES.length], transform: "translate(14,6)", class: "mark" }, sample);
+    if (series.kind === "thick") svg("path", { d: shape(series.run), transform: "translate(14,6)", class: "mark" }, sample);
     button.append(series.label);
     button.addEventListener("click", () => {
       if (hidden.has(i)) hidden.delete(i); else hidden.add(i);
@@ -168,7 +173,7 @@ function drawChart(figure) {
       if (series.kind !== "thick") continue;
       for (const [x, y] of points(series, state.axis)) {
         if (y === null || (state.log && x <= 0)) continue;
-        svg("path", { d: SHAPES[series.run % SHAPES.length], transform: `translate(${px(x).toFixed(1)},${py(y).toFixed(1)})`, class: "mark" }, group);
+        svg("path", { d: shape(series.run), transform: `translate(${px(x).toFixed(1)},${py(y).toFixed(1)})`, class: "mark" }, group);
       }
     }
     const cross = svg("path", { d: "", class: "cross" }, root);

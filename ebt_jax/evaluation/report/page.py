@@ -50,8 +50,11 @@ def page(runs: Sequence[Run], thoughts: Sequence[Thoughts | None], command: str)
             if thought is not None
         ],
     }
-    kinds = [(run.name, tables.kind(run)) for run in runs]
-    compared = [f"{name} ({kind})" if kind else name for name, kind in kinds]
+    kinds = [tables.kind(run) for run in runs]
+    compared = [run.name for run in runs]
+    if len(runs) <= tables.SIDE_BY_SIDE:
+        named = zip(compared, kinds, strict=True)
+        compared = [f"{name} ({kind})" if kind else name for name, kind in named]
     return string.Template(_file("page.html")).substitute(
         title=html.escape(", ".join(compared)),
         introduction=_introduction(runs, command),

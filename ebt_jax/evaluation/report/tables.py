@@ -23,7 +23,7 @@ from ebt_jax.evaluation.report.runs import Run, differing, series, tokens_per_st
 from ebt_jax.training.objective import build_objective
 
 KINDS = {"ebt": "EBT", "transformer_pp": "Transformer++"}
-
+SIDE_BY_SIDE = 3  # runs whose tables are narrow enough
 
 # Results of a task that stand in the table of all tasks; the others are folded away.
 HEADLINES = {
@@ -73,7 +73,9 @@ def results(runs: Sequence[Run]) -> list[Section]:
             f"<div><h3>Numbers</h3>{content}</div>"
             f"<div><h3>Settings that differ</h3>{differences}</div>"
         )
-    return [("results", "Results", f'<div class="charts">{content}</div>')]
+    if len(runs) <= SIDE_BY_SIDE:
+        content = f'<div class="charts">{content}</div>'
+    return [("results", "Results", content)]
 
 
 def problems(runs: Sequence[Run]) -> list[Section]:
