@@ -226,6 +226,9 @@ def test_another_config_in_the_workdir(fails, folder, workdir):
         (["evaluate", "--checkpoint=7"], "no checkpoint of step 7; it has those of 2"),
         (["evaluate", "--data=nowhere.txt"], "there is no file 'nowhere.txt'"),
         (["evaluate", "--packing=tight"], "data.packing is 'tight'"),
+        (["evaluate", "--mesh=modle=2"], "names 'modle'; did you mean 'model'?"),
+        (["evaluate", "--mesh=data"], "--mesh has 'data'; an axis takes a number"),
+        (["generate", "--prompt=a", "--mesh=data=99"], "but there are 8 (cpu)"),
         (["generate", "--prompt="], "prompt '' has no tokens"),
         (["generate", "--prompt=" + "a" * 17], "prompt 1 has 17 tokens"),
         (["generate", "--prompt=a", "--temperature=-1"], "temperature is -1"),
@@ -301,8 +304,11 @@ def test_train_takes_presets_and_changes(folder, tmp_path):
     assert config["data"]["shuffle"] is False
 
 
-def test_evaluate_scores_what_is_held_out_as_training_did(capsys, workdir):
-    flags = [f"--workdir={workdir}", "--json", "--batch_size=3"]
+@pytest.mark.parametrize(
+    "flags", [["--batch_size=3"], ["--batch_size=4", "--mesh=data=2,model=2"]]
+)
+def test_evaluate_scores_what_is_held_out_as_training_did(capsys, workdir, flags):
+    flags = [f"--workdir={workdir}", "--json", *flags]
     results = json.loads(output(capsys, "evaluate", *flags))
     assert results["checkpoint"] == 2
     assert results["data"].startswith("held-out part of")

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from ebt_jax.errors import StorageError, UserError
 from ebt_jax.refine import PyTree
@@ -26,6 +27,7 @@ from ebt_jax.training import manifest
 from ebt_jax.training.config import Config
 from ebt_jax.training.monitor import say
 from ebt_jax.training.objective import build_objective
+from ebt_jax.training.sharding import gathered_target
 from ebt_jax.training.step import TrainState, saved_form
 from ebt_jax.training.workdir import checkpoint_steps, open_workdir
 
@@ -143,19 +145,25 @@ def restore_params(workdir: str | os.PathLike[str], step: int | None = None) -> 
     return load_params(path, pick_step(path, step), config)
 
 
-def load_params(path: Path, step: int, config: Config) -> PyTree:
-    """The parameters of a checkpoint that is known to be good, on the first device.
+def load_params(
+    path: Path, step: int, config: Config, mesh: Mesh | None = None
+) -> PyTree:
+    """The parameters of a checkpoint that is known to be good.
 
     Args:
       path: the workdir.
       step: of `latest_step`.
       config: says what the parameters have to look like.
+      mesh: that they are put on, whole but for its axis `model`; None for the first
+        device.
 
     Raises:
       UserError: if the checkpoint does not fit.
     """
     shapes = jax.eval_shape(build_objective(config).init, jax.random.key(0))
     check_fit(path, step, shapes)
+    if mesh is not None:
+        return read_params(path, step, gathered_target(shapes, mesh))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return read_params(path, step, with_sharding(shapes, device))
 

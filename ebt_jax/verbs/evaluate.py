@@ -19,6 +19,7 @@ from ebt_jax.verbs.common import (
     changed,
     required,
 )
+from ebt_jax.verbs.model import MESH, Spread, open_trained
 from ebt_jax.verbs.thinking import (
     DETAILS,
     THINK,
@@ -37,21 +38,16 @@ def run(values: flags.FlagValues) -> None:
     workdir = required(values, "workdir", "the folder of a trained run")
     thinking = parse_thinking(values.think)
 
-    from ebt_jax.data import pipeline, tokenizers
+    from ebt_jax.data import pipeline
     from ebt_jax.evaluation.metrics import evaluate
     from ebt_jax.evaluation.uncertainty import find_doubts, judge, uncertainty_table
-    from ebt_jax.training import checkpoint
-    from ebt_jax.training.config import resolve
     from ebt_jax.training.monitor import finite
-    from ebt_jax.training.objective import build_objective
     from ebt_jax.training.workdir import open_workdir
 
     path, config = open_workdir(workdir)
     check_thinks(values.think, thinking, config)
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    config = resolve(config, tokenizer.vocab_size)
-    step = checkpoint.pick_step(path, values.checkpoint)
-    params = checkpoint.load_params(path, step, config)
+    trained = open_trained(path, config, values.mesh, values.checkpoint)
+    config, objective, params = trained.config, trained.objective, trained.params
     data = changed(
         config.data,
         path=values.data,
@@ -60,12 +56,12 @@ def run(values: flags.FlagValues) -> None:
     )
     batches = pipeline.held_out_batches(
         data,
-        tokenizer,
+        trained.tokenizer,
         batch_size=values.batch_size or config.eval.batch_size,
         sequences=values.sequences,
         split="held_out" if values.data is None else "all",
     )
-    objective = build_objective(config)
+    batches = Spread(batches, trained.mesh)
     results = evaluate(
         objective,
         params,
@@ -83,7 +79,7 @@ def run(values: flags.FlagValues) -> None:
         )
     about = {
         "workdir": str(path),
-        "checkpoint": step,
+        "checkpoint": trained.step,
         "data": values.data or f"held-out part of {data.held_out_path or data.path}",
     }
     if values.json:
@@ -131,11 +127,12 @@ VERB = Verb(
         Flag("packing", "concat, first_fit or document; else the config's"),
         THINK,
         CHECKPOINT,
+        MESH,
         Flag("batch_size", "sequences at once; 0 for the config's", 0, COUNT),
         Flag("sequences", "how many to score; 0 for all", 0, COUNT),
         Flag(
             "uncertainty",
-            "whether energy and probability tell which predictions are wrong",
+            "whether energy tells which predictions are wrong",
             False,
             flags.DEFINE_boolean,
         ),

@@ -13,6 +13,7 @@ from absl import flags
 from ebt_jax.command import Flag, suggest
 from ebt_jax.errors import UserError
 from ebt_jax.verbs.common import COUNT, required
+from ebt_jax.verbs.model import open_trained
 from ebt_jax.verbs.thinking import check_thinks, parse_thinking
 
 if TYPE_CHECKING:
@@ -38,25 +39,20 @@ def run(values: flags.FlagValues) -> None:
                 + (", or give --items" if name == "sequences" else "")
             )
 
-    from ebt_jax.data import tokenizers
     from ebt_jax.evaluation.tasks.run import Examinee, run_task
     from ebt_jax.evaluation.tasks.table import about_result, table
-    from ebt_jax.training import checkpoint
-    from ebt_jax.training.config import resolve
-    from ebt_jax.training.objective import build_objective
     from ebt_jax.training.workdir import open_workdir
     from ebt_jax.training.writers import storage_explained
 
     path, config = open_workdir(workdir)
     check_thinks(values.think, thinking, config)
     chosen = _chosen(values.task, data)
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    config = resolve(config, tokenizer.vocab_size)
-    step = checkpoint.pick_step(path, values.checkpoint)
+    trained = open_trained(path, config, values.mesh, values.checkpoint)
+    config = trained.config
     examinee = Examinee(
-        objective=build_objective(config),
-        params=checkpoint.load_params(path, step, config),
-        tokenizer=tokenizer,
+        objective=trained.objective,
+        params=trained.params,
+        tokenizer=trained.tokenizer,
         context=config.data.context,
         energy=_energy(config),
         thinking=thinking,
@@ -65,7 +61,7 @@ def run(values: flags.FlagValues) -> None:
     )
     with storage_explained():
         (path / "tasks").mkdir(exist_ok=True)
-    about = {"workdir": str(path), "checkpoint": step}
+    about = {"workdir": str(path), "checkpoint": trained.step}
     results = {}
     for name, (task, sources) in chosen.items():
         results[name] = run_task(
