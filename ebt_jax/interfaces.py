@@ -84,12 +84,19 @@ class Decoder(NamedTuple):
         position of a sequence named `index`.
       append: `(params, cache, tokens) -> cache`, one token `[batch]` more. A sequence
         that outgrows the capacity is lost; no other is.
+      rewinding: how tokens are taken back; None where they cannot be.
+      predict_at: `(params, cache, marks, index, key, thinking) -> Thought`, what
+        follows each sequence at each of several marks, `[batch, marks, ...]`, found
+        together. The same as `predict` gives, there. None of a model that predicts in
+        one pass.
     """
 
     prepare: Callable[[PyTree], PyTree]
     prefill: Callable[[PyTree, jax.Array, jax.Array], PyTree]
     predict: Callable[[PyTree, PyTree, jax.Array, jax.Array, Thinking], Thought]
     append: Callable[[PyTree, PyTree, jax.Array], PyTree]
+    rewinding: Rewinding | None = None
+    predict_at: Callable[..., Thought] | None = None
 
 
 class EnergyModel(NamedTuple):
@@ -135,6 +142,24 @@ class FeedForward(NamedTuple):
     caching: Caching | None = None
 
 
+class Rewinding(NamedTuple):
+    """How sequences that have grown are cut off again.
+
+    Attributes:
+      mark: `(cache) -> mark`, where the sequences end now; a small tree of arrays.
+      restore: `(cache, mark) -> cache`, whose sequences end at a mark of it again.
+      lengths: `(marks) -> [marks, batch]`, tokens of the sequences at stacked marks.
+      following: `(params, cache, marks) ->` the context of a candidate for what follows
+        at each of several marks `[marks, ...]`; the candidates are `[batch, marks,
+        ...]`. None of a model that predicts in one pass.
+    """
+
+    mark: Callable[[PyTree], PyTree]
+    restore: Callable[[PyTree, PyTree], PyTree]
+    lengths: Callable[[PyTree], jax.Array]
+    following: Callable[[PyTree, PyTree, PyTree], PyTree] | None
+
+
 class Caching(NamedTuple):
     """Sequences that are encoded once and grow by a token at a time.
 
@@ -146,6 +171,7 @@ class Caching(NamedTuple):
         an energy model the context of a candidate for it, of a feed-forward model its
         prediction.
       length: `(cache) -> [batch]`, tokens of each sequence.
+      rewinding: as in `Decoder`.
     """
 
     prepare: Callable[[PyTree], PyTree]
@@ -153,6 +179,7 @@ class Caching(NamedTuple):
     append: Callable[[PyTree, PyTree, jax.Array], PyTree]
     following: Callable[[PyTree, PyTree], PyTree]
     length: Callable[[PyTree], jax.Array]
+    rewinding: Rewinding | None = None
 
 
 class Categorical(NamedTuple):

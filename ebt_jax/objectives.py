@@ -185,7 +185,23 @@ def refined(
         following = thought(params, context, {"tokens": last}, keys, thinking)
         return jax.tree.map(lambda x: x[:, 0], following)
 
-    decoder = _decoder(model.caching, predict_next)
+    def predict_at(
+        caching: Caching,
+        params: PyTree,
+        cache: PyTree,
+        marks: PyTree,
+        index: jax.Array,
+        key: jax.Array,
+        thinking: Thinking,
+    ) -> Thought:
+        rewinding = caching.rewinding
+        assert rewinding is not None and rewinding.following is not None
+        context = rewinding.following(params, cache, marks)
+        last = rewinding.lengths(marks).T - 1
+        keys = prediction_keys(key, index, last)
+        return thought(params, context, {"tokens": last}, keys, thinking)
+
+    decoder = _decoder(model.caching, predict_next, predict_at)
     return Objective(
         init,
         make_loss(score),
@@ -237,12 +253,24 @@ def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
 
 
 def _decoder(
-    caching: Caching | None, predict_next: Callable[..., Thought]
+    caching: Caching | None,
+    predict_next: Callable[..., Thought],
+    predict_at: Callable[..., Thought] | None = None,
 ) -> Decoder | None:
     if caching is None:
         return None
-    predict = functools.partial(predict_next, caching)
-    return Decoder(caching.prepare, caching.prefill, predict, caching.append)
+    rewinding = caching.rewinding
+    ahead = None
+    if predict_at is not None and rewinding is not None:
+        ahead = functools.partial(predict_at, caching)
+    return Decoder(
+        caching.prepare,
+        caching.prefill,
+        functools.partial(predict_next, caching),
+        caching.append,
+        rewinding,
+        ahead,
+    )
 
 
 def _positions(batch: Batch) -> jax.Array:

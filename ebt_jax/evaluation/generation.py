@@ -97,6 +97,7 @@ def generate(
     seed: int = 0,
     stop_tokens: Sequence[int | str] = (),
     on_text: Callable[[int, str], None] | None = None,
+    make: Callable[..., list[Continued]] | None = None,
 ) -> list[Continuation]:
     """Continues texts.
 
@@ -118,6 +119,8 @@ def generate(
       on_text: called with the place of a continuation in the result and the next piece
         of its text, prompt included, as soon as a few tokens are there. Bytes of an
         unfinished character wait for the others.
+      make: what continues token ids, `speculation.with_draft` for one; None for
+        `generate_ids`, whose arguments it has to take.
 
     Returns:
       All continuations of the first prompt, then all of the second, ...
@@ -147,7 +150,7 @@ def generate(
         # An unfinished character decodes to U+FFFD.
         show(row, tokenizer.decode(whole[row]).rstrip("\N{REPLACEMENT CHARACTER}"))
 
-    continued = generate_ids(
+    continued = (generate_ids if make is None else make)(
         objective,
         params,
         ids,
@@ -212,7 +215,7 @@ def generate_ids(
     Raises:
       UserError: for an empty or too long prompt, or a setting out of its range.
     """
-    _check(prompts, context, new_tokens, samples)
+    check_prompts(prompts, context, new_tokens, samples)
     check_sampling(sampling)
     check_thinking(thinking)
     if not prompts:
@@ -236,7 +239,7 @@ def generate_ids(
     if on_tokens is not None:
         for row in range(len(index)):
             on_tokens(row, np.zeros(0, np.int32))
-    cache = _prefill(params, windows, context, objective, samples)
+    cache = prefill(params, windows, context, objective, samples)
     windows = [list(window) for window in windows for _ in range(samples)]
     total = np.array([len(window) for window in windows], np.int32)
     stopped = np.zeros(len(windows), bool)
@@ -267,7 +270,7 @@ def generate_ids(
         for window in full:
             del window[: (context + 1) // 2]
         if full:
-            cache = _prefill(params, windows, context, objective, samples=1)
+            cache = prefill(params, windows, context, objective, samples=1)
     tokens, *effort = (
         np.concatenate(part, axis=1) for part in zip(*pieces, strict=True)
     )
@@ -277,7 +280,7 @@ def generate_ids(
     ]
 
 
-def _prefill(
+def prefill(
     params: PyTree,
     windows: list[list[int]],
     context: int,
@@ -294,7 +297,7 @@ def _prefill(
     return encode(params, tokens, lengths, objective, samples, context)
 
 
-def _check(
+def check_prompts(
     prompts: Sequence[np.ndarray], context: int, new_tokens: int, samples: int
 ) -> None:
     for number, prompt in enumerate(prompts, 1):

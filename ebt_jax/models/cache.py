@@ -105,6 +105,33 @@ def next_context(config: ModelConfig, cache: Cache, samples: int = 1) -> causal.
     return causal.Context(cache.keys, cache.values, rows, ahead, None, anchor)
 
 
+class Mark(NamedTuple):
+    """Where sequences end: `lengths` and `last` of a `Cache`."""
+
+    lengths: jax.Array
+    last: jax.Array
+
+
+def mark(cache: Cache) -> Mark:
+    """Where the sequences end now."""
+    return Mark(cache.lengths, cache.last)
+
+
+def restore(cache: Cache, mark: Mark) -> Cache:
+    """The sequences as they were at a mark; what came after it is no longer seen."""
+    return cache._replace(lengths=mark.lengths, last=mark.last)
+
+
+def context_at(config: ModelConfig, cache: Cache, marks: Mark) -> causal.Context:
+    """The context of a candidate for the token after each of several marks."""
+    rows = marks.lengths.T - 1
+    anchor = None
+    if config.candidate_input == "anchored":
+        anchor = jnp.moveaxis(marks.last[:, :, 0], 0, 1)
+    ahead = rows + causal.step_tokens(config) + 1
+    return causal.Context(cache.keys, cache.values, rows, ahead, None, anchor)
+
+
 def next_logits(config: ModelConfig, params: PyTree, cache: Cache) -> jax.Array:
     """Transformer++: logits of the next token, `[batch, 1, vocab]`."""
     return causal.output_logits(config, params, cache.last)

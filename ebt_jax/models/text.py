@@ -12,7 +12,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ebt_jax.interfaces import Batch, Caching, Categorical, EnergyModel, FeedForward
+from ebt_jax.interfaces import (
+    Batch,
+    Caching,
+    Categorical,
+    EnergyModel,
+    FeedForward,
+    Rewinding,
+)
 from ebt_jax.models import cache, causal
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.randomness import normal
@@ -91,12 +98,21 @@ def transformer_pp(config: ModelConfig) -> FeedForward:
 
 
 def _caching(config: ModelConfig, following: Callable[..., PyTree]) -> Caching:
+    def following_at(params: PyTree, encoded: PyTree, marks: PyTree) -> PyTree:
+        return cache.context_at(config, encoded, marks)
+
     return Caching(
         prepare=functools.partial(causal.with_blocks_apart, config),
         prefill=functools.partial(cache.prefill, config),
         append=functools.partial(cache.append, config),
         following=following,
         length=lambda encoded: encoded.lengths,
+        rewinding=Rewinding(
+            mark=cache.mark,
+            restore=cache.restore,
+            lengths=lambda marks: marks.lengths,
+            following=None if config.kind == "transformer_pp" else following_at,
+        ),
     )
 
 

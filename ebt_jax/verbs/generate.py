@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -18,6 +19,7 @@ from ebt_jax.verbs.common import (
     WORKDIR,
     required,
 )
+from ebt_jax.verbs.model import MESH, open_trained
 from ebt_jax.verbs.thinking import (
     DETAILS,
     THINK,
@@ -27,6 +29,7 @@ from ebt_jax.verbs.thinking import (
 )
 
 if TYPE_CHECKING:
+    from ebt_jax.data.tokenizers import Tokenizer
     from ebt_jax.evaluation.generation import Continuation
 
 
@@ -38,23 +41,21 @@ def run(values: flags.FlagValues) -> None:
     stream = _streamed(values, len(prompts) * values.samples)
     thinking = parse_thinking(values.think)
 
-    from ebt_jax.data import tokenizers
     from ebt_jax.evaluation.generation import generate
     from ebt_jax.evaluation.sampling import Sampling
-    from ebt_jax.training import checkpoint
-    from ebt_jax.training.config import resolve
-    from ebt_jax.training.objective import build_objective
     from ebt_jax.training.workdir import open_workdir
 
     path, config = open_workdir(workdir)
     check_thinks(values.think, thinking, config)
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    config = resolve(config, tokenizer.vocab_size)
-    params = checkpoint.restore_params(path, values.checkpoint)
+    trained = open_trained(path, config, values.mesh, values.checkpoint)
+    config, params = trained.config, trained.params
+    make = None
+    if values.draft is not None:
+        make = _drafting(values, trained.tokenizer)
     made = generate(
-        build_objective(config),
+        trained.objective,
         params,
-        tokenizer,
+        trained.tokenizer,
         prompts,
         context=config.data.context,
         new_tokens=values.new,
@@ -63,6 +64,7 @@ def run(values: flags.FlagValues) -> None:
         samples=values.samples,
         seed=values.seed,
         stop_tokens=values.stop or (),
+        make=make,
         on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
     )
     if stream:
@@ -74,6 +76,23 @@ def run(values: flags.FlagValues) -> None:
             print(json.dumps(row))
     else:
         print("\n\n".join(continuation.text for continuation in made))
+
+
+def _drafting(values: flags.FlagValues, tokenizer: Tokenizer) -> Callable[..., Any]:
+    """What continues token ids with the model of --draft writing ahead."""
+    from ebt_jax.evaluation.speculation import Draft, with_draft
+    from ebt_jax.training.workdir import open_workdir
+
+    path, config = open_workdir(values.draft)
+    draft = open_trained(path, config, values.mesh, None)
+    theirs = draft.tokenizer
+    if theirs.digest != tokenizer.digest:
+        raise UserError(
+            f"the draft {values.draft} has tokenizer {theirs.name!r} with "
+            f"{theirs.vocab_size} tokens, but the run {tokenizer.name!r} with "
+            f"{tokenizer.vocab_size}; give a draft with the run's tokenizer"
+        )
+    return with_draft(Draft(draft.objective, draft.params, values.draft_tokens))
 
 
 def _streamed(values: flags.FlagValues, continuations: int) -> bool:
@@ -130,7 +149,10 @@ VERB = Verb(
         Flag("samples", "continuations of each prompt", 1, POSITIVE),
         Flag("seed", "of everything that is drawn", 0, INTEGER),
         THINK,
+        Flag("draft", "folder of a run whose model writes ahead; same text, sooner"),
+        Flag("draft_tokens", "how many tokens ahead", 4, POSITIVE),
         CHECKPOINT,
+        MESH,
         Flag(
             "stream",
             "prints text as it is made; else where one text goes to a terminal",
