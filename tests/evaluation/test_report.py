@@ -295,6 +295,12 @@ def test_damage_is_named_and_the_rest_is_shown(folder, tmp_path):
     assert numbers(out.read_text())["thoughts"] == []
 
 
+def test_fewer_steps_than_in_training_are_not_shown(folder, tmp_path):
+    out = make_report([str(folder / "<ebt>")], tmp_path / "a.html", tokens=4, steps=1)
+    (seen,) = numbers(out.read_text())["thoughts"]
+    assert seen["steps"] == 2 and len(seen["nll"]) == 3
+
+
 def test_nothing_but_a_config_is_enough(folder, tmp_path):
     workdir = tmp_path / "fresh"
     workdir.mkdir()

@@ -32,7 +32,8 @@ def make_report(
       workdirs: of the runs.
       out: the file; folders on its way are made.
       tokens: held-out tokens that each model is looked at with; 0: no model is run.
-      steps: refinement steps shown; 0 for each run's `eval.curve_steps`.
+      steps: refinement steps shown, at least the trained number; 0 for each run's
+        `eval.curve_steps`.
       thinking: a policy that is compared with fixed numbers of steps.
       command: what the page says that it was made with.
 

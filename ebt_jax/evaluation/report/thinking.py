@@ -102,8 +102,8 @@ def think_over(
     Args:
       path: of the workdir.
       tokens: how many predictions, at least 1.
-      steps: refinement steps; 0 for the largest of `eval.curve_steps`, the trained
-        number, and that of `thinking`.
+      steps: refinement steps, 0 for `eval.curve_steps` or that of `thinking`; at least
+        the trained number is taken.
       thinking: a policy to compare with fixed numbers of steps.
 
     Raises:
@@ -125,7 +125,7 @@ def think_over(
     else:
         trained = config.eval.num_steps or int(make_schedule(config.refine).length)
         most = thinking.num_steps if thinking else 0
-        steps = steps or max(config.eval.curve_steps, trained, most)
+        steps = max(steps or max(config.eval.curve_steps, most), trained)
         look = functools.partial(trace, model, config.refine, num_steps=steps, top=top)
         seen = _flat(jax.jit(look)(params, batch, key), tokens)
         landscapes = _landscapes(
