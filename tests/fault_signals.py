@@ -79,7 +79,7 @@ def stopped(trial: Trial, start: Start, code: int) -> Trial:
 
 def sigkill(lab: Lab) -> Iterator[Trial]:
     """A process that is killed, at any moment."""
-    kinds = ("saving", "update", "sealing", "start", "saving")
+    kinds = ("saving", "update", "start", "sealing", "saving")
     yield from interruptions(lab, signal.SIGKILL, kinds, lab.some(40, 5))
 
 
