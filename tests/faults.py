@@ -1,6 +1,6 @@
 """Hurts real runs of `ebt train` and checks that nothing is lost silently.
 
-    python tests/faults.py --seed=0               all faults, about 15 minutes on two cores
+    python tests/faults.py --seed=0               all faults, a quarter of an hour
     python tests/faults.py --quick                a few of each
     python tests/faults.py --only=disk,elastic    some kinds of faults
     python tests/faults.py --json=FILE            the table as JSON, too
@@ -10,9 +10,9 @@ storage or given damaged checkpoints, and started again with the same command. A
 is survived if the exit code is the designed one, what is damaged is named, the run goes
 on from the newest good checkpoint, and in the end numbers, held-out loss and the order
 of examples are those of a run that nobody disturbed: bit for bit, with several
-processes to 1e-5. Prints a table; the exit code is 1 if a fault was not
-survived. The seed draws moments, bits and lengths; the moments themselves also depend
-on how fast the machine is.
+processes to 1e-5. Prints a table; the exit code is 1 if a fault was not survived. The
+seed draws moments, bits and lengths; the moments themselves also depend on how fast the
+machine is.
 
 Needs Linux. A full disk and one that turns read-only are small tmpfs mounts, which need
 the right to mount; without it they are left out, and the table says so.
