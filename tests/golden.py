@@ -221,8 +221,8 @@ def thought(config: Config, flags: Arrays) -> Program:
         known = jax.random.key_data(order)
 
         def initial(attempt: jax.Array) -> jax.Array:
-            same = (known == jax.random.key_data(attempt)).all(axis=(1, 2, 3))
-            return starts[:, jnp.argmax(same)]
+            same = known == jax.random.key_data(attempt)[None]
+            return starts[:, jnp.argmax(same.all(axis=(1, 2, 3)))]
 
         prediction = think(
             model.energy,

@@ -199,13 +199,20 @@ def test_mala_samples_the_density_of_the_energy():
     np.testing.assert_allclose(last.var(), temperature / 4, rtol=0.2)
 
 
-METHODS = (Annealed(), Momentum(), Adam(), Langevin(), Lower(), Mala(0.1))
+POLICIES = {
+    "annealed": Thinking(4, method=Annealed()),
+    "momentum": Thinking(4, method=Momentum()),
+    "adam": Thinking(4, method=Adam()),
+    "langevin": Thinking(4, method=Langevin()),
+    "lower": Thinking(4, method=Lower()),
+    "mala": Thinking(4, method=Mala(0.1)),
+    "until, best of": Thinking(9, best_of=2, tolerance=0.05, by="drop"),
+}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
-def test_a_method_is_the_same_under_jit_and_vmap_and_on_a_mesh(method):
+@pytest.mark.parametrize("thinking", POLICIES.values(), ids=POLICIES)
+def test_a_policy_is_the_same_under_jit_and_vmap_and_on_a_mesh(thinking):
     """No draw depends on the batch, so a prediction alone is the same, too."""
-    thinking = Thinking(4, method=method)
     whole = solve(thinking)
     one = lambda key, context: jax.tree.map(
         lambda x: x[0],
