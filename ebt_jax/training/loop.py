@@ -27,6 +27,7 @@ from ebt_jax.refine import PyTree
 from ebt_jax.training import checkpoint
 from ebt_jax.training.closing import close_run, evaluate, read_summary
 from ebt_jax.training.config import Config, resolve
+from ebt_jax.training.environment import record_environment
 from ebt_jax.training.examples import example_log
 from ebt_jax.training.initial import begin, find_origin
 from ebt_jax.training.monitor import Monitor, say
@@ -140,6 +141,7 @@ def fit(
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     origin = None if start else find_origin(config, resume_from, shapes)
     claim_workdir(path, config)
+    record_environment(path, mesh, start)
     say(introduction(config, shapes, mesh))
     optimizer = make_optimizer(config.optim, config.refine, shapes)
     groups = jax.tree.leaves(parameter_groups(shapes, config.refine))

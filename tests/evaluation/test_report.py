@@ -20,9 +20,11 @@ from ebt_jax.evaluation.report.thinking import held_out_batch, label, token_kind
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import RefineSetup
 from ebt_jax.training import config as c
+from ebt_jax.training.environment import record_environment
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
 from ebt_jax.training.saving import Saver
+from ebt_jax.training.sharding import make_mesh
 from ebt_jax.training.step import init_state
 
 CONTEXT, TOKENS, CURVE = 16, 20, 3
@@ -53,6 +55,7 @@ def write_run(path, config, rows, summary):
     lines = [json.dumps(row) for row in rows]
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (path / "summary.json").write_text(json.dumps(summary))
+    record_environment(path, make_mesh(config.mesh), 0)
     objective = build_objective(config)
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     optimizer = make_optimizer(config.optim, config.refine, shapes)
@@ -187,6 +190,8 @@ def test_it_says_what_was_compared_and_how_it_was_made(text, folder):
     assert "tokens trained on 2,560 2,560" in said
     assert "held-out nll, nats per token 4.75 4.812" in said
     assert "training time 1 min 03 s" in said
+    assert f"devices 8 x cpu, JAX {jax.__version__} 8 x cpu" in said
+    assert "from step 0 on: device cpu, platform cpu, devices 8, processes 1" in said
     assert "model. kind ebt transformer_pp" in said  # what differs
     assert "optim.peak_lr = 0.0024" in said  # and all there is
     assert "Missing or damaged" not in said
@@ -280,6 +285,7 @@ def test_damage_is_named_and_the_rest_is_shown(folder, tmp_path):
     }
     (workdir / "tasks" / "gsm8k.json").write_text(json.dumps(task))
     (workdir / "tasks" / "squad.json").write_text('{"perplexity"')
+    (workdir / "environment.json").mkdir()
     out = make_report([str(workdir)], tmp_path / "report.html")
     page = Page(out.read_text())
     said = page.said()
@@ -287,6 +293,7 @@ def test_damage_is_named_and_the_rest_is_shown(folder, tmp_path):
     assert "summary.json is missing: the run has not finished" in said
     assert "config.json is not of this version of EBT-JAX (config.model lacks" in said
     assert "tasks/squad.json cannot be read" in said
+    assert "environment.json cannot be read (Is a directory)." in said
     assert "held-out nll, nats per token 2.5" in said
     assert "task run items perplexity gsm8k killed 20 7.5 All numbers" in said
     assert "results. nll/step_ 1 2.25" in said and "scores" not in said

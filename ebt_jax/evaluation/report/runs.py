@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ebt_jax.errors import UserError
 from ebt_jax.training.config import Config, from_json
+from ebt_jax.training.environment import read_environments
 
 Row = dict[str, Any]
 Scalars = dict[str, float | int | str | bool]
@@ -29,6 +30,7 @@ class Run(NamedTuple):
       config: the same, checked; None if it is not one of this version.
       rows: objects of `metrics.jsonl`, numbers that were not finite left out.
       results: `summary.json`, else the last evaluation of the metrics.
+      environments: what it ran on, see `training.environment`; empty if not known.
       tasks: benchmark tasks by name, what is scalar in their files, dotted keys.
       notes: what is missing or damaged, a sentence each.
     """
@@ -39,6 +41,7 @@ class Run(NamedTuple):
     config: Config | None
     rows: list[Row]
     results: dict[str, float]
+    environments: list[dict[str, Any]]
     tasks: dict[str, Scalars]
     notes: list[str]
 
@@ -73,7 +76,8 @@ def read_run(path: Path, name: str) -> Run:
     rows = _read_rows(path, notes)
     results = _read_results(path, rows, notes)
     tasks = _read_tasks(path, notes)
-    return Run(path, name, settings, config, rows, results, tasks, notes)
+    environments = _read_environments(path, notes)
+    return Run(path, name, settings, config, rows, results, environments, tasks, notes)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -205,6 +209,14 @@ def _read_results(path: Path, rows: list[Row], notes: list[str]) -> dict[str, fl
     notes.append(f"{why}; results are those of the last evaluation in metrics.jsonl")
     evaluated = [row for row in rows if "eval/nll" in row]
     return evaluated[-1] if evaluated else {}
+
+
+def _read_environments(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    try:
+        return read_environments(path)
+    except OSError as error:
+        notes.append(f"environment.json cannot be read ({_reason(error)})")
+        return []
 
 
 def _read_tasks(path: Path, notes: list[str]) -> dict[str, Scalars]:

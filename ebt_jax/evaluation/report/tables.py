@@ -52,6 +52,7 @@ def results(runs: Sequence[Run]) -> list[Section]:
         "energy, after": _result(runs, "eval/energy_after"),
         "training time": [_duration(run) for run in runs],
         "tokens per second, median": [number(_speed(run)) for run in runs],
+        "devices": [_device(run) for run in runs],
     }
     rows = {
         name: cells for name, cells in rows.items() if any(c != DASH for c in cells)
@@ -141,6 +142,11 @@ def settings(runs: Sequence[Run]) -> list[Section]:
     ]
     for i, run in enumerate(runs):
         lines = [f"{key} = {json.dumps(value)}" for key, value in run.settings.items()]
+        lines += [
+            f"from step {entry['step']} on: "
+            + ", ".join(f"{k} {v}" for k, v in entry.items() if k != "step")
+            for entry in run.environments
+        ]
         text = html.escape("\n".join(lines)) or "not readable"
         parts.append(
             f"<details><summary>{run_name(i, run)} <code>{html.escape(str(run.path))}"
@@ -188,6 +194,15 @@ def _duration(run: Run) -> str:
     minutes, rest = divmod(round(seconds[-1]), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _device(run: Run) -> str:
+    if not run.environments:
+        return DASH
+    last = run.environments[-1]
+    words = [f"{last[key]}" for key in ("devices", "device") if key in last]
+    versions = f", JAX {last['jax']}" if "jax" in last else ""
+    return html.escape(" x ".join(words) + versions)
 
 
 def _speed(run: Run) -> float | None:
