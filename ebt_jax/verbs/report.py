@@ -53,8 +53,6 @@ VERB = Verb(
         Flag("out", "the HTML file to write"),
         Flag("tokens", "held-out tokens to look at; 0: none", 256, COUNT),
         Flag("think", "a policy to compare, as in `ebt evaluate --think`"),
-        Flag(
-            "steps", "refinement steps to show; 0: eval.curve_steps", 0, COUNT
-        ),
+        Flag("steps", "refinement steps to show; 0: eval.curve_steps", 0, COUNT),
     ),
 )
