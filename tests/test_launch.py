@@ -98,6 +98,14 @@ def test_lines_of_other_processes_are_prefixed(capfd):
     assert error.splitlines() == ["[1] d"]
 
 
+@pytest.fixture(autouse=True)
+def closed_terminals_are_heard():
+    """Also where the tests themselves were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def launched(tmp_path, script, processes=2, before=()):
     """A launcher of that script, started, once each of its processes has begun."""
     ready = tmp_path / "ready"
