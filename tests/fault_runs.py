@@ -278,7 +278,7 @@ def compare(workdir: Path, expected: Path, tolerance: float = 0.0) -> list[str]:
     Args:
       workdir: of the run.
       expected: of the other.
-      tolerance: relative, of numbers below 1 absolute; 0 for equality bit for bit.
+      tolerance: relative, of energies below 1 absolute; 0 for equality bit for bit.
 
     Returns:
       A line for each kind of difference; empty if there is none.
@@ -310,16 +310,17 @@ def compare_rows(ours: Rows, theirs: Rows, tolerance: float) -> list[str]:
             names = ", ".join(sorted(here.keys() ^ there.keys()))
             return [f"step {row['step']}: only one has {names}"]
         for name in here:
-            if not _close(here[name], there[name], tolerance):
+            # An energy near 0 is what is left of larger numbers, and of their rounding.
+            least = 1.0 if "energy" in name else 0.0
+            if not _close(here[name], there[name], tolerance, least):
                 return [f"step {row['step']}: {name} {here[name]} not {there[name]}"]
     return []
 
 
-def _close(a: float | None, b: float | None, tolerance: float) -> bool:
+def _close(a: float | None, b: float | None, tolerance: float, least: float) -> bool:
     if a is None or b is None or not tolerance:
         return a == b
-    # An energy near 0 is what is left of larger numbers, and of their rounding.
-    return abs(a - b) <= tolerance * max(1.0, abs(a), abs(b))
+    return abs(a - b) <= tolerance * max(least, abs(a), abs(b))
 
 
 class Trial(NamedTuple):
