@@ -6,17 +6,20 @@ see nothing else, so a feed-forward baseline is just another objective.
 
 Batches are dicts of arrays. Every modality has `weights` `[*batch]`, float, 0 where a
 prediction does not count (padding), and, for evaluation, `index` `[batch]`, an integer
-that names each sequence. What else there is, the model knows.
+that names each sequence. `[*batch]` is `[batch, seq]` of text and video, where each
+place of a sequence is predicted, and `[batch]` of images. What else there is, the model
+knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
-from ebt_jax.refine import EnergyFn, PyTree, Schedule
+from ebt_jax.refine import EnergyFn, Perturbing, PyTree, Schedule
 from ebt_jax.thinking import Thinking, Thought
 
 Batch = dict[str, jax.Array]
@@ -31,7 +34,8 @@ class Objective(NamedTuple):
       loss: `(params, batch, key) -> (loss, metrics)`. `metrics["tokens"]` is the sum of
         weights that the loss is a mean over.
       evaluate: `(params, batch, key, num_steps) -> arrays`, per prediction and step:
-        `nll` `[steps, *batch]`, and where there is an energy, `energy`
+        `nll` (the loss, whatever its `measure`), and what `EnergyModel.measures` gives,
+        `[steps, *batch]`, and where there is an energy, `energy`
         `[steps + 1, *batch]` (its last row: that of the final candidate in the last
         landscape) and `gradient_norm` `[steps, *batch]`. num_steps 0 is the trained
         number. A draw depends on (key, `batch["index"]`, position) alone.
@@ -44,6 +48,7 @@ class Objective(NamedTuple):
         `evaluate`, and `[*batch]` what `Thought.effort` holds and `spread`. None of a
         model that does not think.
       replaying: the loss with a replay buffer; None where there is none.
+      measure: what the loss of a prediction is: `nll` in nats, or `smooth_l1`.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -53,6 +58,7 @@ class Objective(NamedTuple):
     decoder: Decoder | None = None
     assess: Callable[..., dict[str, jax.Array]] | None = None
     replaying: Replaying | None = None
+    measure: str = "nll"
 
 
 class Replaying(NamedTuple):
@@ -113,6 +119,14 @@ class EnergyModel(NamedTuple):
       target: `(batch) -> candidate`, the right answer in energy space.
       caching: continues sequences; None where predictions are not one after another.
       categorical: a faster way to train; None where candidates are not distributions.
+      measure: see `Objective`.
+      measures: `(candidate, batch) -> {name: [*batch]}`, what is evaluated besides the
+        loss, such as `mse`; None for nothing.
+      starts: initial candidates `(batch) -> candidate` by the names that
+        `RefineSetup.initial_candidate` has for them, besides noise and zeros.
+      corrupt: `(keys, batch) -> batch` with what a prediction draws of its input, such
+        as a noised image; keys `[*batch]`. None where inputs are taken as they are.
+      perturbing: how noise enters; None where it is added to candidates.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -124,6 +138,11 @@ class EnergyModel(NamedTuple):
     target: Callable[[Batch], PyTree]
     caching: Caching | None = None
     categorical: Categorical | None = None
+    measure: str = "nll"
+    measures: Callable[[PyTree, Batch], dict[str, jax.Array]] | None = None
+    starts: Mapping[str, Callable[[Batch], PyTree]] = MappingProxyType({})
+    corrupt: Callable[[jax.Array, Batch], Batch] | None = None
+    perturbing: Perturbing | None = None
 
 
 class FeedForward(NamedTuple):
@@ -134,12 +153,16 @@ class FeedForward(NamedTuple):
       predict: `(params, batch) -> candidate`; for text logits `[batch, seq, vocab]`.
       loss: `(candidate, batch, smoothing) -> [*batch]`.
       caching: continues sequences; None where predictions are not one after another.
+      measure: see `Objective`.
+      measures: as in `EnergyModel`.
     """
 
     init: Callable[[jax.Array], PyTree]
     predict: Callable[[PyTree, Batch], PyTree]
     loss: Callable[..., jax.Array]
     caching: Caching | None = None
+    measure: str = "nll"
+    measures: Callable[[PyTree, Batch], dict[str, jax.Array]] | None = None
 
 
 class Rewinding(NamedTuple):

@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 from ebt_jax.refine_config import RefineConfig
 
 MIN_STEP_SIZE = 1e-4  # learnt step sizes are kept at or above this (published code)
+# What refinement starts from: the last two are the frame before and the noised image.
+STARTS = ("noise", "zeros", "most_recent", "noised")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,7 @@ class RefineSetup(RefineConfig):
     step_size: float = 5.0  # initial step size (alpha)
     step_size_learnable: bool = True  # False: stays as it is
     noise_learnable: bool = False  # True: noise_std is the initial value of a parameter
-    initial_candidate: str = "noise"  # noise | zeros
+    initial_candidate: str = "noise"  # noise | zeros | most_recent (video) | noised
     initial_scale: float = 1.0  # standard deviation of the initial noise
     block: int = 0  # predictions trained on at a time; 0: 512 on a CPU, else all
 
@@ -29,10 +31,10 @@ class RefineSetup(RefineConfig):
             raise ValueError(
                 f"step_size is {self.step_size}, but has to be at least {MIN_STEP_SIZE}"
             )
-        if self.initial_candidate not in ("noise", "zeros"):
+        if self.initial_candidate not in STARTS:
             raise ValueError(
                 f"initial_candidate is {self.initial_candidate!r}, but has to be one "
-                "of noise, zeros"
+                f"of {', '.join(STARTS)}"
             )
         if not self.initial_scale >= 0:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ebt_jax.errors import UserError
 from ebt_jax.interfaces import (
     Batch,
     Caching,
@@ -37,7 +38,7 @@ from ebt_jax.refine import (
     make_schedule,
     refine,
 )
-from ebt_jax.refined_loss import make_loss, make_replaying, make_score
+from ebt_jax.refined_loss import CORRUPTION, make_loss, make_replaying, make_score
 from ebt_jax.replay import ReplayConfig
 from ebt_jax.thinking import Effort, Thinking, Thought, final_energy, think
 
@@ -80,7 +81,16 @@ def refined(
             noise_std = jax.lax.stop_gradient(noise_std)
         return {"step_size": step_size, "noise_std": noise_std}
 
+    if setup.initial_candidate not in ("noise", "zeros", *model.starts):
+        starts = ", ".join(("noise", "zeros", *model.starts))
+        raise UserError(
+            f"refine.initial_candidate is {setup.initial_candidate!r}, but of this "
+            f"model there are {starts}"
+        )
+
     def initial(key: jax.Array, batch: Batch) -> PyTree:
+        if setup.initial_candidate in model.starts:
+            return model.starts[setup.initial_candidate](batch)
         candidate = model.initial_candidate(key, batch)
         scale = setup.initial_scale if setup.initial_candidate == "noise" else 0.0
         return jax.tree.map(lambda z: scale * z, candidate)
@@ -101,14 +111,24 @@ def refined(
             backprop="per_step",
         )
 
+    def evaluated_batch(key: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
+        """A key for each prediction, and the batch with what is drawn of its input."""
+        keys = prediction_keys(key, batch["index"], _positions(batch))
+        if model.corrupt is not None:
+            # 0 and 1 are what initial candidates and noise fold in.
+            batch = model.corrupt(fold_in(keys, CORRUPTION), batch)
+        return keys, batch
+
     def evaluate(
         params: PyTree, batch: Batch, key: jax.Array, num_steps: int
     ) -> dict[str, jax.Array]:
+        keys, batch = evaluated_batch(key, batch)
+
         def observe(step: Step) -> dict[str, jax.Array]:
-            return {**energy_and_norm(step), "nll": model.loss(step.after, batch)}
+            seen = {**energy_and_norm(step), "nll": model.loss(step.after, batch)}
+            return seen | _measures(model, step.after, batch)
 
         context = model.encode_context(params, batch)
-        keys = prediction_keys(key, batch["index"], _positions(batch))
         config = evaluated(num_steps)
         candidate, trajectory = refine(
             model.energy,
@@ -119,6 +139,7 @@ def refined(
             key=fold_in(keys, 1),
             normalize=model.normalize,
             observe=observe,
+            perturbing=model.perturbing,
             **sizes(params),
         )
         final = final_energy(
@@ -146,15 +167,15 @@ def refined(
     def predict(
         params: PyTree, batch: Batch, key: jax.Array, thinking: Thinking
     ) -> PyTree:
+        keys, batch = evaluated_batch(key, batch)
         context = model.encode_context(params, batch)
-        keys = prediction_keys(key, batch["index"], _positions(batch))
         return thought(params, context, batch, keys, thinking).candidate
 
     def assess(
         params: PyTree, batch: Batch, key: jax.Array, thinking: Thinking
     ) -> dict[str, jax.Array]:
+        keys, batch = evaluated_batch(key, batch)
         context = model.encode_context(params, batch)
-        keys = prediction_keys(key, batch["index"], _positions(batch))
         made = thought(params, context, batch, keys, thinking)
         config = evaluated(0)
         first = initial(fold_in(keys, 0), batch)
@@ -167,6 +188,10 @@ def refined(
         return {
             **made.effort._asdict(),
             "nll": model.loss(made.candidate, batch)[None],
+            **{
+                name: values[None]
+                for name, values in _measures(model, made.candidate, batch).items()
+            },
             "energy": jnp.stack([before, final]),
             "spread": made.spread,
         }
@@ -210,6 +235,7 @@ def refined(
         decoder,
         assess,
         replaying=replaying,
+        measure=model.measure,
     )
 
 
@@ -227,7 +253,10 @@ def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
         params: PyTree, batch: Batch, key: jax.Array, num_steps: int
     ) -> dict[str, jax.Array]:
         del key, num_steps  # one pass, nothing drawn
-        return {"nll": model.loss(model.predict(params, batch), batch)[None]}
+        predicted = model.predict(params, batch)
+        measures = {"nll": model.loss(predicted, batch)}
+        measures |= _measures(model, predicted, batch)
+        return {name: values[None] for name, values in measures.items()}
 
     def predict(
         params: PyTree, batch: Batch, key: jax.Array, thinking: Thinking
@@ -249,7 +278,9 @@ def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
         return Thought(predicted, Effort(none, none, none), none.astype(jnp.float32))
 
     decoder = _decoder(model.caching, predict_next)
-    return Objective(model.init, loss, evaluate, predict, decoder)
+    return Objective(
+        model.init, loss, evaluate, predict, decoder, measure=model.measure
+    )
 
 
 def _decoder(
@@ -273,6 +304,14 @@ def _decoder(
     )
 
 
-def _positions(batch: Batch) -> jax.Array:
-    """Places `[seq]` of a batch's predictions."""
-    return jnp.arange(batch["weights"].shape[1])
+def _measures(
+    model: EnergyModel | FeedForward, candidate: PyTree, batch: Batch
+) -> dict[str, jax.Array]:
+    """What is evaluated besides the loss, `[*batch]` each."""
+    return {} if model.measures is None else model.measures(candidate, batch)
+
+
+def _positions(batch: Batch) -> jax.Array | None:
+    """Places `[seq]` of a batch's predictions; None where each is a sequence."""
+    weights = batch["weights"]
+    return None if weights.ndim == 1 else jnp.arange(weights.shape[1])

@@ -18,21 +18,24 @@ CPU_GROUP = 2**20  # numbers drawn at a time on a CPU: they stay in its caches
 
 
 def prediction_keys(
-    key: jax.Array, sequence: jax.Array, position: jax.Array
+    key: jax.Array, sequence: jax.Array, position: jax.Array | None
 ) -> jax.Array:
     """Keys that depend on (seed, sequence, position) and not on the batch's layout.
 
     Args:
       key: scalar key, the seed.
       sequence: integers `[batch]` naming each sequence.
-      position: integers `[seq]` or `[batch, seq]`, places in a sequence.
+      position: integers `[seq]` or `[batch, seq]`, places in a sequence; None where
+        each sequence is one prediction.
 
     Returns:
-      Keys `[batch, seq]`.
+      Keys `[batch, seq]`, or `[batch]` without positions.
     """
-    position = jnp.broadcast_to(position, (*sequence.shape, position.shape[-1]))
     fold_each = jax.vmap(jax.random.fold_in)
     rows = fold_each(jnp.broadcast_to(key, sequence.shape), sequence)
+    if position is None:
+        return rows
+    position = jnp.broadcast_to(position, (*sequence.shape, position.shape[-1]))
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(rows, position)
 
 

@@ -51,6 +51,7 @@ from ebt_jax.refine_step import (
 __all__ = [
     "Converged",
     "EnergyFn",
+    "Perturbing",
     "PyTree",
     "RefineConfig",
     "Refined",
@@ -114,6 +115,19 @@ class Converged(NamedTuple):
     converged: jax.Array
 
 
+class Perturbing(NamedTuple):
+    """How noise enters an energy, where it is not added to the stored candidate.
+
+    Attributes:
+      like: `(candidate) ->` a tree whose leaves `[*batch, ...]` have the noise's shapes.
+      into: `(context, noise) ->` the context of a step, which holds its noise, already
+        times its standard deviation. Without it a context holds none.
+    """
+
+    like: Callable[[PyTree], PyTree]
+    into: Callable[[PyTree, PyTree], PyTree]
+
+
 def energy_and_norm(step: Step) -> dict[str, jax.Array]:
     """The default observation: constants `energy` and `gradient_norm`, `[*batch]`."""
     squares = [
@@ -140,6 +154,7 @@ def refine(
     noise_std: ArrayLike | None = None,
     jitter: jax.Array | None = None,
     schedule: Schedule | None = None,
+    perturbing: Perturbing | None = None,
 ) -> Refined:
     """Refines a candidate by gradient descent on its energy.
 
@@ -165,6 +180,7 @@ def refine(
       noise_std: learnt standard deviation, in place of `config.noise_std`.
       jitter: standard uniforms `[*batch]` in place of drawn ones.
       schedule: in place of the one that `config` and `key` give.
+      perturbing: where noise goes instead of to the candidate.
 
     Returns:
       See `Refined`.
@@ -210,15 +226,17 @@ def refine(
         start = stored
         if config.backprop == "per_step":
             start, transform_state = jax.lax.stop_gradient((stored, transform_state))
+        around = context
         if noisy:
+            like = start if perturbing is None else perturbing.like(start)
             normals = (
-                normal_like(fold_in(keys[2], index), start, len(batch))
+                normal_like(fold_in(keys[2], index), like, len(batch))
                 if noise is None
                 else jax.tree.map(lambda n: n[index], noise)
             )
-            start = jax.tree.map(lambda z, n: z + scale * n, start, normals)
+            start, around = perturbed(perturbing, start, context, scale, normals)
         before = energy_space(normalize, config.normalize_steps, start, landscape)
-        energy, gradient = gradient_fn(params, context, before, landscape, taken)
+        energy, gradient = gradient_fn(params, around, before, landscape, taken)
         if constant_gradient:
             gradient = jax.lax.stop_gradient(gradient)
         after, state = update(
@@ -253,6 +271,21 @@ def refine(
     return Refined(carry[0], trajectory)
 
 
+def perturbed(
+    perturbing: Perturbing | None,
+    candidate: PyTree,
+    context: PyTree,
+    scale: ArrayLike,
+    normals: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """Candidate and context of a step, with its noise in one of them."""
+    if perturbing is None:
+        return jax.tree.map(lambda z, n: z + scale * n, candidate, normals), context
+    return candidate, perturbing.into(
+        context, jax.tree.map(lambda n: scale * n, normals)
+    )
+
+
 def refine_until(
     energy_fn: EnergyFn,
     params: PyTree,
@@ -267,6 +300,7 @@ def refine_until(
     normalize: Callable[[PyTree], PyTree] | None = None,
     transform: optax.GradientTransformation | None = None,
     noise_std: ArrayLike | None = None,
+    perturbing: Perturbing | None = None,
 ) -> Converged:
     """Refines each prediction until its energy stops falling. Forward only.
 
@@ -288,6 +322,7 @@ def refine_until(
       normalize: as in `refine`.
       transform: as in `refine`.
       noise_std: as in `refine`.
+      perturbing: as in `refine`.
 
     Returns:
       See `Converged`.
@@ -316,12 +351,13 @@ def refine_until(
     def step(carry):
         index, stored, state, previous, count, running = carry
         landscape = jnp.minimum(index, last)
-        start = stored
+        start, around = stored, context
         if key is not None and noisy:
-            normals = normal_like(fold_in(key, index), start, len(batch))
-            start = jax.tree.map(lambda z, n: z + scale * n, start, normals)
+            like = start if perturbing is None else perturbing.like(start)
+            normals = normal_like(fold_in(key, index), like, len(batch))
+            start, around = perturbed(perturbing, start, context, scale, normals)
         before = energy_space(normalize, config.normalize_steps, start, landscape)
-        energy, gradient = gradient_fn(params, context, before, landscape, None)
+        energy, gradient = gradient_fn(params, around, before, landscape, None)
         falling = (energy < previous - tolerance) & jnp.isfinite(energy)
         running &= falling | ((index <= last) & jnp.isfinite(energy))
         after, new_state = update(

@@ -31,6 +31,8 @@ from ebt_jax.refine import (
 )
 from ebt_jax.replay import Recall, Replay, ReplayConfig
 
+CORRUPTION = 2  # folded into a prediction's key for what is drawn of its input
+
 # (params, batch, key, keys, draws, recall) -> (loss, metrics, final candidates as kept)
 Score = Callable[..., tuple[jax.Array, Metrics, PyTree]]
 
@@ -100,6 +102,8 @@ def make_score(
     ) -> tuple[jax.Array, Metrics]:
         """The loss and its parts at each step, by `refine`."""
         candidate = draws.candidate
+        if model.corrupt is not None:
+            batch = model.corrupt(fold_in(keys, CORRUPTION), batch)
         if candidate is None:
             candidate = initial(fold_in(keys, 0), batch)
         if recall is not None:
@@ -130,6 +134,7 @@ def make_score(
             schedule=schedule,
             noise=draws.noise,
             jitter=draws.jitter,
+            perturbing=model.perturbing,
             **sizes(params),
         )
         last = schedule.length - 1

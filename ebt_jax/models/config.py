@@ -21,15 +21,27 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A causal model of token sequences: an energy network or a Transformer++."""
+    """An energy network or its baseline: Transformer++, for images DiT.
 
-    kind: str = "ebt"  # ebt | transformer_pp
+    Text and video are causal models of sequences; images a bidirectional one of
+    patches, which has adaLN-zero blocks and leaves `conditioning`, `candidate_input`,
+    `norm` and `activation` alone.
+    """
+
+    kind: str = "ebt"  # ebt | transformer_pp (text, video) | dit (image)
+    space: str = "text"  # what is predicted: text | video | image
     size: str = "4xs"  # 4xs | 3xs | xxs | xs | small | medium | large | xl
     num_layers: int = 0  # blocks; 0: the size's
     num_heads: int = 0  # attention heads; 0: the size's
     dim: int = 0  # width of the residual stream; 0: the size's
     ffn_multiplier: float = 1.0  # feed-forward hidden width / dim
     vocab_size: int = 0  # entries of the candidate; 0: the tokenizer's
+    frame_size: int = 0  # video: numbers in a frame; 0: the data's
+    image_size: int = 0  # image: pixels, or latents, of a side; 0: the data's
+    channels: int = 0  # image: numbers in a pixel; 0: the data's
+    patch: int = 2  # image: pixels, or latents, of a patch's side
+    condition: str = "none"  # image: none (a learnt vector) | caption
+    condition_size: int = 0  # image: numbers in an encoded caption; 0: the data's
     num_landscapes: int = 0  # step embeddings; 0: refine.num_landscapes
     conditioning: str = "time_embed"  # default | time_embed | adaln | adaln_zero
     candidate_input: str = "embedding"  # embedding (published) | anchored (+ its token)
@@ -70,7 +82,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("kind", ("ebt", "transformer_pp")),
+            ("kind", ("ebt", "transformer_pp", "dit")),
+            ("space", ("text", "video", "image")),
+            ("condition", ("none", "caption")),
             ("size", tuple(SIZES)),
             ("conditioning", ("default", "time_embed", "adaln", "adaln_zero")),
             ("candidate_input", ("embedding", "anchored")),
@@ -85,12 +99,36 @@ class ModelConfig:
                     f"model.{name} is {value!r}, but has to be one of "
                     f"{', '.join(choices)}"
                 )
-        for name in ("num_layers", "num_heads", "dim", "vocab_size", "num_landscapes"):
+        for name in (
+            "num_layers",
+            "num_heads",
+            "dim",
+            "vocab_size",
+            "frame_size",
+            "image_size",
+            "channels",
+            "condition_size",
+            "num_landscapes",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(
                     f"model.{name} is {getattr(self, name)}, but has to be positive, "
                     "or 0 for its default"
                 )
+        if self.patch < 1:
+            raise UserError(f"model.patch is {self.patch}, but has to be at least 1")
+        if self.image_size % self.patch:
+            raise UserError(
+                f"model.image_size is {self.image_size}, which patches of model.patch "
+                f"{self.patch} do not divide; change one of them"
+            )
+        baselines = {"text": "transformer_pp", "video": "transformer_pp"}
+        baseline = baselines[self.space] if self.space in baselines else "dit"
+        if self.kind not in ("ebt", baseline):
+            raise UserError(
+                f"model.kind is {self.kind!r}, but of {self.space} there are ebt and "
+                f"{baseline}"
+            )
         if self.attention_block < 0:
             raise UserError(
                 f"model.attention_block is {self.attention_block}, but has to be "
@@ -110,7 +148,7 @@ class ModelConfig:
                 f"model: {self.heads} heads do not divide width {self.width}; change "
                 "model.num_heads or model.dim"
             )
-        if self.head_dim % 2:
+        if self.space != "image" and self.head_dim % 2:
             raise UserError(
                 f"model: width {self.width} over {self.heads} heads gives head size "
                 f"{self.head_dim}, but rotary positions need an even one; change "

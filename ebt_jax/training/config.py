@@ -16,6 +16,8 @@ from typing import Any
 import ml_collections
 
 from ebt_jax.data.config import DataConfig
+from ebt_jax.data.vision_config import VisionConfig
+from ebt_jax.diffusion_config import DiffusionConfig
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
@@ -214,8 +216,10 @@ class Config:
     refine: RefineSetup = RefineSetup()
     objective: ObjectiveConfig = ObjectiveConfig()
     replay: ReplayConfig = ReplayConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
+    vision: VisionConfig = VisionConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
@@ -240,7 +244,19 @@ class Config:
 SECTIONS: dict[str, Any] = {
     field.name: type(field.default) for field in dataclasses.fields(Config)
 }
-ADDED_SECTIONS = {"replay"}  # that runs of an earlier version were made without
+# What runs of an earlier version were made without.
+ADDED_SECTIONS = {"replay", "diffusion", "vision"}
+ADDED_KEYS = {
+    "model": (
+        "space",
+        "frame_size",
+        "image_size",
+        "channels",
+        "patch",
+        "condition",
+        "condition_size",
+    )
+}
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -284,12 +300,15 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The inverse of `to_json`.
 
-    A section that there was not yet when the text was written is at its defaults: that
-    is what was done then.
+    What there was not yet when the text was written is at its default: that is what was
+    done then.
     """
     tree = json.loads(text)
     for name in ADDED_SECTIONS - tree.keys():
         tree[name] = dataclasses.asdict(SECTIONS[name]())
+    for name, keys in ADDED_KEYS.items():
+        defaults = dataclasses.asdict(SECTIONS[name]())
+        tree[name] = {key: defaults[key] for key in keys} | tree[name]
     return from_config_dict(tree)
 
 
