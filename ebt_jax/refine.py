@@ -119,7 +119,7 @@ class Perturbing(NamedTuple):
     """How noise enters an energy, where it is not added to the stored candidate.
 
     Attributes:
-      like: `(candidate) ->` a tree whose leaves `[*batch, ...]` have the noise's shapes.
+      like: `(candidate) ->` a tree with the noise's shapes, leaves `[*batch, ...]`.
       into: `(context, noise) ->` the context of a step, which holds its noise, already
         times its standard deviation. Without it a context holds none.
     """

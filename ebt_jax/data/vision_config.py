@@ -60,8 +60,8 @@ class VisionConfig:
             )
         if self.encoder in ("vae", "dinov2") and not self.encoder_path:
             raise UserError(
-                f"vision.encoder is {self.encoder!r}, but vision.encoder_path is empty; "
-                "name its weights, or take 'pca', which needs none"
+                f"vision.encoder is {self.encoder!r}, but vision.encoder_path is "
+                "empty; name its weights, or take 'pca', which needs none"
             )
         if self.caption_encoder == "clip" and not self.caption_path:
             raise UserError(
