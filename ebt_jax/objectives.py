@@ -149,7 +149,12 @@ def refined(
         return {**trajectory, "energy": energy}
 
     def thought(
-        params: PyTree, context: PyTree, batch: Batch, keys: jax.Array, how: Thinking
+        params: PyTree,
+        context: PyTree,
+        batch: Batch,
+        keys: jax.Array,
+        how: Thinking,
+        rows: Callable[[PyTree, jax.Array], PyTree] | None = None,
     ) -> Thought:
         """Starts and draws as `evaluate` does."""
         return think(
@@ -161,6 +166,7 @@ def refined(
             thinking=how,
             config=evaluated(0),
             normalize=model.normalize,
+            rows=rows,
             **sizes(params),
         )
 
@@ -207,7 +213,8 @@ def refined(
         context = caching.following(params, cache)
         last = caching.length(cache)[:, None] - 1
         keys = prediction_keys(key, index, last)
-        following = thought(params, context, {"tokens": last}, keys, thinking)
+        batch = {"tokens": last}
+        following = thought(params, context, batch, keys, thinking, caching.rows)
         return jax.tree.map(lambda x: x[:, 0], following)
 
     def predict_at(
@@ -224,7 +231,8 @@ def refined(
         context = rewinding.following(params, cache, marks)
         last = rewinding.lengths(marks).T - 1
         keys = prediction_keys(key, index, last)
-        return thought(params, context, {"tokens": last}, keys, thinking)
+        batch = {"tokens": last}
+        return thought(params, context, batch, keys, thinking, caching.rows)
 
     decoder = _decoder(model.caching, predict_next, predict_at)
     return Objective(
@@ -247,7 +255,7 @@ def feed_forward(model: FeedForward, config: ObjectiveConfig) -> Objective:
         losses = model.loss(model.predict(params, batch), batch, config.label_smoothing)
         tokens = batch["weights"].sum()
         mean = (losses * batch["weights"]).sum() / jnp.maximum(tokens, 1.0)
-        return mean, {"loss": mean, "nll": mean, "tokens": tokens}
+        return mean, {"loss": mean, model.measure: mean, "tokens": tokens}
 
     def evaluate(
         params: PyTree, batch: Batch, key: jax.Array, num_steps: int

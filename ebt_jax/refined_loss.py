@@ -75,8 +75,8 @@ def make_score(
         )
         metrics = {
             "loss": total,
-            "nll": losses[last],
-            "nll_first_step": losses[0],
+            model.measure: losses[last],
+            f"{model.measure}_first_step": losses[0],
             "energy_first": energies[0],
             "energy_last": energies[last],
             "energy_gap": energies[0] - energies[last],

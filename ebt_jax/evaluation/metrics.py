@@ -52,11 +52,13 @@ def evaluate(
       progress: True to count batches on stderr.
 
     Returns:
-      `nll` after the last step (nats per token), `perplexity`, `tokens`, `sequences`,
-      and `bits_per_byte` where the batches have `bytes`. Of a refinement also
-      `nll/step_i` (after step i, counting from 1), `gradient_norm/step_i`,
-      `energy_before` (initial candidate), `energy_after` (final candidate in the last
-      landscape), `energy_gap` (before - after) and `energy_rose` (share of predictions
+      Of text `nll` after the last step (nats per token) and `perplexity`; else the
+      objective's `measure`, such as `smooth_l1`, what else it measures, such as `mse`,
+      and with that `psnr` (dB, of numbers in [-1, 1]). `tokens` (what was scored, also
+      frames or images), `sequences`, and `bits_per_byte` where the batches have
+      `bytes`. Of a refinement also `nll/step_i` (after step i, counting from 1),
+      `gradient_norm/step_i`, `energy_before` (initial candidate), `energy_after`
+      (final candidate in the last landscape), `energy_gap` (before - after) and `energy_rose` (share of predictions
       whose energy rose), and per prediction `refinement_steps`, `energy_gradients` and
       `energy_evaluations`, see `Effort`. What is found after step i is there where
       thinking is nothing but a number of steps; where it is more, there may be
@@ -84,7 +86,13 @@ def evaluate(
             "there is nothing to evaluate: the data holds no token that is scored; "
             "give it more text"
         )
-    return _ratios(totals)
+    return _ratios(totals, objective.measure)
+
+
+def psnr(mse: ArrayLike) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB, of a mean squared error in [-1, 1]."""
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(4 / np.asarray(mse, np.float64))
 
 
 def score(
@@ -130,6 +138,9 @@ def _batch_sums(
         "sequences": scored.any(axis=tuple(range(1, scored.ndim))).sum(),
         "nll": jax.vmap(total)(arrays["nll"]),
     }
+    known = {"nll", "energy", "gradient_norm", "spread", *Effort._fields}
+    for name in arrays.keys() - known:
+        sums[f"measure/{name}"] = jax.vmap(total)(arrays[name])
     if "bytes" in batch:
         sums["bytes"] = total(batch["bytes"])
     if "gradient_norm" in arrays:
@@ -156,18 +167,27 @@ def _add(
     return added
 
 
-def _ratios(totals: dict[str, np.ndarray]) -> dict[str, float]:
+def _ratios(totals: dict[str, np.ndarray], measure: str) -> dict[str, float]:
     tokens = float(totals["tokens"])
-    nll = totals["nll"] / tokens
-    with np.errstate(over="ignore"):
-        results = {"nll": float(nll[-1]), "perplexity": float(np.exp(nll[-1]))}
+    per_step = {measure: totals["nll"] / tokens}
+    for name in sorted(totals):
+        if name.startswith("measure/"):
+            per_step[name.removeprefix("measure/")] = totals[name] / tokens
+    if "mse" in per_step:
+        per_step["psnr"] = psnr(per_step["mse"])
+    results = {name: float(values[-1]) for name, values in per_step.items()}
+    if measure == "nll":
+        with np.errstate(over="ignore"):
+            results["perplexity"] = float(np.exp(results["nll"]))
     if "bytes" in totals and totals["bytes"]:
         results["bits_per_byte"] = float(
             totals["nll"][-1] / math.log(2) / totals["bytes"]
         )
     if "energy_before" in totals:
         several = "gradient_norm" in totals
-        results |= _per_step("nll", nll) if several else {}
+        if several:
+            for name, values in per_step.items():
+                results |= _per_step(name, values)
         results["energy_before"] = float(totals["energy_before"] / tokens)
         results["energy_after"] = float(totals["energy_after"] / tokens)
         results["energy_gap"] = results["energy_before"] - results["energy_after"]

@@ -17,7 +17,7 @@ TRAIN, HELD_OUT = "#9db7d5", "#c0392b"
 
 
 def learning_curve(workdir: str | Path) -> Path:
-    """Plots training loss and held-out nll against optimiser steps.
+    """Plots training loss and held-out loss against optimiser steps.
 
     Reads `metrics.jsonl`. The first steps of a run can lie far above the rest: they
     are cut off by the frame, not left out of the file.
@@ -32,37 +32,45 @@ def learning_curve(workdir: str | Path) -> Path:
       UserError: if the workdir has no metrics.
     """
     train = _series(workdir, "train/loss")
-    held_out = _series(workdir, "eval/nll")
+    held_out, measure, unit = _series(workdir, "eval/nll"), "nll", "nats per token"
+    if not len(held_out):
+        held_out = _series(workdir, "eval/smooth_l1")
+        measure = unit = "smooth L1" if len(held_out) else measure
     figure, axes = _figure("Learning curve")
     if len(train):
         axes.plot(*train.T, color=TRAIN, linewidth=1, label="training loss")
     if len(held_out):
-        label = f"held-out nll, {held_out[-1, 1]:.3f} at the end"
+        label = f"held-out {measure}, {held_out[-1, 1]:.3g} at the end"
         axes.plot(*held_out.T, color=HELD_OUT, marker="o", markersize=4, label=label)
     _frame(axes, np.concatenate([train, held_out])[:, 1])
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel(unit)
     if axes.lines:
         axes.legend(frameon=False)
     return _save(figure, Path(workdir) / "learning_curve.png")
 
 
-def thinking_curve(workdir: str | Path, nll_per_step: Sequence[float]) -> Path:
-    """Plots held-out nll against the number of refinement steps.
+def thinking_curve(
+    workdir: str | Path,
+    per_step: Sequence[float],
+    label: str = "held-out nll (nats per token)",
+) -> Path:
+    """Plots a held-out number against the number of refinement steps.
 
     Args:
       workdir: of the run; `thinking_curve.png` is written into it.
-      nll_per_step: held-out nats per token after step 1, 2, ...
+      per_step: the number after step 1, 2, ...
+      label: what it is.
 
     Returns:
       The path of the plot.
     """
     figure, axes = _figure("Thinking curve")
-    steps = range(1, len(nll_per_step) + 1)
-    axes.plot(steps, nll_per_step, color=HELD_OUT, marker="o", markersize=4)
+    steps = range(1, len(per_step) + 1)
+    axes.plot(steps, per_step, color=HELD_OUT, marker="o", markersize=4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("refinement step")
-    axes.set_ylabel("held-out nll (nats per token)")
+    axes.set_ylabel(label)
     return _save(figure, Path(workdir) / "thinking_curve.png")
 
 

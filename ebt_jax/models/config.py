@@ -76,6 +76,11 @@ class ModelConfig:
         return self.width // self.heads
 
     @property
+    def unit(self) -> str:
+        """What is counted: tokens, frames or images."""
+        return {"text": "tokens", "video": "frames", "image": "images"}[self.space]
+
+    @property
     def hidden(self) -> int:
         """Hidden width of the feed-forward part."""
         return int(self.ffn_multiplier * self.width)

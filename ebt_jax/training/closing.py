@@ -1,4 +1,4 @@
-"""The end of a run: thinking curve, text sample, plots, summary."""
+"""The end of a run: thinking curve, samples, plots, summary."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from ebt_jax.data.tokenizers import Tokenizer
-from ebt_jax.evaluation import generation, metrics, plots
+from ebt_jax.evaluation import metrics, plots
 from ebt_jax.interfaces import Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.thinking import Thinking
@@ -23,7 +22,16 @@ from ebt_jax.training.sharding import (
     global_batch,
     on_first_device,
 )
+from ebt_jax.training.task import Show
 from ebt_jax.training.workdir import replace_text
+
+# Numbers that there are after each refinement step.
+MEASURES = {
+    "nll": "held-out nll (nats per token)",
+    "smooth_l1": "held-out smooth L1",
+    "mse": "held-out mean squared error",
+    "psnr": "held-out PSNR (dB)",
+}
 
 
 def evaluate(
@@ -58,7 +66,7 @@ def close_run(
     config: Config,
     path: Path,
     objective: Objective,
-    tokenizer: Tokenizer,
+    show: Show,
     params: PyTree,
     held_out: Iterable[NumpyBatch],
     mesh: Mesh,
@@ -71,7 +79,7 @@ def close_run(
       config: resolved.
       path: the workdir.
       objective: what was trained.
-      tokenizer: decodes the sample.
+      show: writes samples.
       params: the final ones.
       held_out: batches to evaluate on.
       mesh: of the run.
@@ -88,29 +96,40 @@ def close_run(
     if config.log.plots and first:
         plotted.append(plots.learning_curve(path))
     if config.eval.curve_steps and "eval/energy_gap" in results:
-        curve = thinking_curve(config, objective, params, held_out, mesh)
-        results = {
-            **results,
-            **{f"thinking/nll/step_{i}": nll for i, nll in enumerate(curve, 1)},
-        }
+        curves = thinking_curves(config, objective, params, held_out, mesh)
+        for name, curve in curves.items():
+            numbers = {f"thinking/{name}/step_{i}": y for i, y in enumerate(curve, 1)}
+            results = {**results, **numbers}
         if config.log.plots and first:
-            plotted.append(plots.thinking_curve(path, curve))
-    if config.eval.sample_tokens and objective.decoder is not None:
+            shown = "psnr" if "psnr" in curves else objective.measure
+            label = MEASURES[shown]
+            plotted.append(plots.thinking_curve(path, curves[shown], label))
+    if config.eval.sample_tokens:
         params = on_first_device(params, mesh)
         if first:
-            text = sample(config, objective, tokenizer, params, held_out)
-            (path / "sample.txt").write_text(text + "\n")
-            say(f"--- sample, begun by held-out text\n{text}\n---")
+            say(show(objective, params, held_out, path))
     if first:
         summary = {"step": step, **finite(results)}
         replace_text(path / "summary.json", json.dumps(summary, indent=2) + "\n")
     names = ["metrics.jsonl", "summary.json", *(file.name for file in plotted)]
     say(
-        f"done: {step} steps, held-out nll {results['eval/nll']:.4f} nats per token "
-        f"(perplexity {results['eval/perplexity']:.2f}); {path} holds checkpoints, "
+        f"done: {step} steps, {held_out_text(results)}; {path} holds checkpoints, "
         f"{', '.join(names)}"
     )
     return results
+
+
+def held_out_text(results: dict[str, float]) -> str:
+    """The held-out numbers in words."""
+    if "eval/nll" in results:
+        return (
+            f"held-out nll {results['eval/nll']:.4f} nats per token (perplexity "
+            f"{results['eval/perplexity']:.2f})"
+        )
+    text = f"held-out smooth L1 {results['eval/smooth_l1']:.5f}"
+    if "eval/psnr" in results:
+        text += f" (PSNR {results['eval/psnr']:.2f} dB)"
+    return text
 
 
 def read_summary(path: Path) -> dict[str, float]:
@@ -122,37 +141,18 @@ def read_summary(path: Path) -> dict[str, float]:
     return {k: math.nan if v is None else v for k, v in numbers.items()}
 
 
-def thinking_curve(
+def thinking_curves(
     config: Config,
     objective: Objective,
     params: PyTree,
     held_out: Iterable[NumpyBatch],
     mesh: Mesh,
-) -> list[float]:
-    """Held-out nll after 1, 2, ..., `eval.curve_steps` refinement steps."""
+) -> dict[str, list[float]]:
+    """Held-out measures after 1, 2, ..., `eval.curve_steps` refinement steps."""
     steps = config.eval.curve_steps
     numbers = evaluate(config, objective, params, held_out, mesh, num_steps=steps)
-    return [numbers[f"eval/nll/step_{i}"] for i in range(1, steps + 1)]
-
-
-def sample(
-    config: Config,
-    objective: Objective,
-    tokenizer: Tokenizer,
-    params: PyTree,
-    held_out: Iterable[NumpyBatch],
-) -> str:
-    """The beginning of the held-out text, continued."""
-    prompt = next(iter(held_out))["tokens"][0, : max(config.data.context // 4, 1)]
-    (added,) = generation.generate_ids(
-        objective,
-        params,
-        [prompt],
-        context=config.data.context,
-        new_tokens=config.eval.sample_tokens,
-        sampling=generation.Sampling(config.eval.sample_temperature),
-        seed=config.eval.seed,
-        thinking=Thinking(config.eval.num_steps),
-        vocab_size=tokenizer.vocab_size,
-    )
-    return tokenizer.decode([*prompt, *added.tokens])
+    return {
+        name: [numbers[f"eval/{name}/step_{i}"] for i in range(1, steps + 1)]
+        for name in MEASURES
+        if f"eval/{name}/step_1" in numbers
+    }

@@ -125,7 +125,7 @@ class EvalConfig:
     batch_size: int = 16  # sequences at once; no result depends on it
     num_steps: int = 0  # refinement steps; 0: refine.num_steps
     curve_steps: int = 8  # refinement steps of the thinking curve at the end; 0: none
-    sample_tokens: int = 200  # length of the text sample at the end; 0: none
+    sample_tokens: int = 200  # length of the text sample at the end; 0: no samples
     sample_temperature: float = 0.7  # of the text sample; 0: the likeliest token
     seed: int = 0  # of initial candidates and noise
 
@@ -232,6 +232,14 @@ class Config:
             raise UserError(
                 f"model.num_landscapes is {landscapes} but refine.num_landscapes is "
                 f"{self.refine.num_landscapes}; leave the model's at 0 to follow"
+            )
+        starts = {"most_recent": "video", "noised": "image"}
+        start = self.refine.initial_candidate
+        if start in starts and self.model.space != starts[start]:
+            raise UserError(
+                f"refine.initial_candidate is {start!r}, which is of "
+                f"{starts[start]}, but model.space is {self.model.space!r}; take "
+                "'noise' or 'zeros'"
             )
         if self.replay.capacity and self.model.kind != "ebt":
             raise UserError(
@@ -350,6 +358,65 @@ def resolve(config: Config, vocab_size: int) -> Config:
             f"replay.top_k is {top_k}, but candidates have {model.vocab_size} entries, "
             "one for each of the vocabulary; set it to 0 to keep all of them"
         )
+    return _scheduled(config, model)
+
+
+def resolve_vision(
+    config: Config,
+    *,
+    frame_size: int = 0,
+    image_shape: tuple[int, int, int] = (0, 0, 0),
+    condition_size: int = 0,
+) -> Config:
+    """As `resolve`, of images and video.
+
+    Args:
+      config: a config as the user gave it.
+      frame_size: numbers in a frame; of video.
+      image_shape: `(side, side, channels)` of what a model sees; of images.
+      condition_size: numbers in an encoded caption; 0 where there are none.
+
+    Raises:
+      UserError: if the model's sizes are given and are not the data's, images are not
+        square or no multiple of the patch, or there are no captions where they are to
+        be the condition.
+    """
+    given, (height, width, channels) = config.model, image_shape
+    if height != width:
+        raise UserError(
+            f"images of {config.data.path!r} are {height} x {width}, but have to be "
+            "square; set vision.size"
+        )
+    if given.space == "image" and (height < given.patch or height % given.patch):
+        raise UserError(
+            f"images are {height} x {width}, which patches of model.patch "
+            f"{given.patch} do not divide; change it or vision.size"
+        )
+    if given.condition == "caption" and not condition_size:
+        raise UserError(
+            f"model.condition is 'caption', but {config.data.path!r} has no captions; "
+            "give pictures with captions, or set it to 'none'"
+        )
+    found = {
+        "frame_size": frame_size,
+        "image_size": height,
+        "channels": channels,
+        "condition_size": condition_size if given.condition == "caption" else 0,
+    }
+    for name, size in found.items():
+        if getattr(given, name) not in (0, size):
+            raise UserError(
+                f"model.{name} is {getattr(given, name)}, but the data's is {size}; "
+                "leave it at 0 to follow"
+            )
+    model = dataclasses.replace(
+        given, num_landscapes=config.refine.num_landscapes, **found
+    )
+    return _scheduled(config, model)
+
+
+def _scheduled(config: Config, model: ModelConfig) -> Config:
+    """With a resolved model, and a schedule as long as the run."""
     optim = dataclasses.replace(
         config.optim, schedule_steps=config.optim.schedule_steps or config.train.steps
     )

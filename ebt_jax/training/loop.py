@@ -20,13 +20,13 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from ebt_jax.data import pipeline, tokenizers
+from ebt_jax.data import pipeline
 from ebt_jax.errors import Stopped, UserError
 from ebt_jax.interfaces import Batch, Metrics, Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.training import checkpoint
 from ebt_jax.training.closing import close_run, evaluate, read_summary
-from ebt_jax.training.config import Config, resolve
+from ebt_jax.training.config import Config
 from ebt_jax.training.environment import record_environment
 from ebt_jax.training.examples import example_log
 from ebt_jax.training.initial import begin, find_origin
@@ -48,6 +48,7 @@ from ebt_jax.training.sharding import (
 )
 from ebt_jax.training.signals import StopSignals
 from ebt_jax.training.step import TrainState, init_state, make_step
+from ebt_jax.training.task import Show, open_task
 from ebt_jax.training.timing import Stopwatch, flops_per_update
 from ebt_jax.training.watch import Watch
 from ebt_jax.training.workdir import check_config, check_workdir, claim_workdir
@@ -77,26 +78,14 @@ def train(config: Config, workdir: str, resume_from: str = "") -> dict[str, floa
     mesh = check_setup(config)
     if config.log.compilation_cache:
         enable_compilation_cache()
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    config = resolve(config, tokenizer.vocab_size)
+    task = open_task(config)
+    config = task.config
     check_config(path, config)
     objective = build_objective(config)
-    batches = pipeline.train_batches(
-        config.data,
-        tokenizer,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        rows=local_rows(mesh, config.train.batch_size),
-        progress=jax.process_index() == 0,
-    )
-    held_out = pipeline.held_out_batches(
-        config.data,
-        tokenizer,
-        batch_size=config.eval.batch_size,
-        sequences=config.eval.sequences,
-    )
+    batches = task.train_batches(local_rows(mesh, config.train.batch_size))
+    held_out = task.held_out()
     with contextlib.closing(batches):
-        return fit(config, path, objective, tokenizer, batches, held_out, resume_from)
+        return fit(config, path, objective, task.show, batches, held_out, resume_from)
 
 
 @storage_explained()
@@ -104,7 +93,7 @@ def fit(
     config: Config,
     path: Path,
     objective: Objective,
-    tokenizer: tokenizers.Tokenizer,
+    show: Show,
     batches: pipeline.TrainBatches,
     held_out: Iterable[NumpyBatch],
     resume_from: str = "",
@@ -116,7 +105,7 @@ def fit(
         is learnt, of `data` only the context.
       path: the workdir, absolute.
       objective: what to minimise.
-      tokenizer: decodes the text sample.
+      show: writes samples at the end.
       batches: to train on, the sequences of this process. Its place is saved.
       held_out: batches to evaluate on; iterated over more than once.
       resume_from: as for `train`.
@@ -200,7 +189,7 @@ def fit(
         config,
         path,
         objective,
-        tokenizer,
+        show,
         progress.state.params,
         held_out,
         mesh,
@@ -270,7 +259,11 @@ def make_updates(run: Run, state: TrainState, start: int) -> Progress:
     config, watch, steps = run.config, run.watch, run.config.train.steps
     kind = run.mesh.devices.flat[0].device_kind
     stopwatch = Stopwatch(
-        start, flops=run.flops, devices=run.mesh.size, device_kind=kind
+        start,
+        flops=run.flops,
+        devices=run.mesh.size,
+        device_kind=kind,
+        unit=config.model.unit,
     )
     pending = None  # an update whose numbers are yet to be logged
     row: dict[str, float] = {}
@@ -377,8 +370,13 @@ def due(step: int, every: int) -> bool:
 
 def evaluation_line(step: int, row: dict[str, float]) -> str:
     """`step 250: held-out nll 2.310 | perplexity 10.07 | 3.333 bits per byte`."""
-    parts = [f"step {step}: held-out nll {row['eval/nll']:.3f}"]
-    parts.append(f"perplexity {row['eval/perplexity']:.2f}")
+    if "eval/nll" in row:
+        parts = [f"step {step}: held-out nll {row['eval/nll']:.3f}"]
+        parts.append(f"perplexity {row['eval/perplexity']:.2f}")
+    else:
+        parts = [f"step {step}: held-out smooth L1 {row['eval/smooth_l1']:.5f}"]
+    if "eval/psnr" in row:
+        parts.append(f"PSNR {row['eval/psnr']:.2f} dB")
     if "eval/bits_per_byte" in row:
         parts.append(f"{row['eval/bits_per_byte']:.3f} bits per byte")
     if "eval/energy_gap" in row:

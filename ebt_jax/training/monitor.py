@@ -24,6 +24,11 @@ from ebt_jax.training.config import Config, LogConfig
 from ebt_jax.training.workdir import replace_text
 from ebt_jax.training.writers import Lines, TensorBoard, check_there
 
+RATES = {  # and what a progress line calls them
+    "tokens_per_second": "tok",
+    "frames_per_second": "frames",
+    "images_per_second": "images",
+}
 PROGRESS_SECONDS = 10.0  # between progress lines, where they cannot be rewritten
 
 
@@ -233,11 +238,13 @@ def progress_line(
 ) -> str:
     """`step 1200/5000 24% | loss 2.31 | nll 2.29 | 41k tok/s | 3m12s left`."""
     parts = [f"step {step}/{steps} {100 * step // steps}%"]
-    for name in ("loss", "nll"):
+    for name in ("loss", "nll", "smooth_l1"):
         value = row.get(f"train/{name}")
         if value is not None:
             parts.append(f"{name} {value:.4g}")
-    parts.append(f"{short_count(row['tokens_per_second'])} tok/s")
+    for name, short in RATES.items():
+        if name in row:
+            parts.append(f"{short_count(row[name])} {short}/s")
     if remaining is not None:
         parts.append(f"{short_duration(remaining)} left")
     return " | ".join(parts)

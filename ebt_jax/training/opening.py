@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from ebt_jax.errors import UserError
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config
 from ebt_jax.training.monitor import check_logging
@@ -23,6 +24,11 @@ def check_setup(config: Config) -> Mesh:
     check_logging(config.log)
     mesh = make_mesh(config.mesh)
     check_batch(config.train, mesh, config.data.context)
+    if config.model.space == "image" and mesh.shape["seq"] > 1:
+        raise UserError(
+            f"mesh.seq is {mesh.shape['seq']}, but images are no sequences; set it to "
+            "1 and use mesh.data or mesh.fsdp"
+        )
     check_replay(config.replay, config.train, mesh)
     return mesh
 
@@ -35,12 +41,22 @@ def introduction(config: Config, params: PyTree, mesh: Mesh) -> str:
     arranged = f" ({', '.join(axes)})" if axes else ""
     text = (
         f"model    {config.model.kind} {config.model.size}, {count:,} parameters\n"
-        f"data     {config.data.path}, tokenizer {config.data.tokenizer}, "
-        f"{config.train.batch_size} x {config.data.context} tokens per step\n"
+        f"data     {config.data.path}, {_per_step(config)} per step\n"
         f"devices  {mesh.size} x {device.device_kind}{arranged}, jax "
         f"{jax.__version__}; the first step takes longer, it is compiled"
     )
     return "\n".join([text, *(f"warning: {line}" for line in left_whole(params, mesh))])
+
+
+def _per_step(config: Config) -> str:
+    """What an update is made from."""
+    batch, data, model = config.train.batch_size, config.data, config.model
+    if model.space == "text":
+        return f"tokenizer {data.tokenizer}, {batch} x {data.context} tokens"
+    if model.space == "video":
+        return f"{batch} x {data.context} frames of {model.frame_size} numbers"
+    side = f"{model.image_size} x {model.image_size} x {model.channels}"
+    return f"{batch} images of {side} numbers"
 
 
 def enable_compilation_cache() -> None:

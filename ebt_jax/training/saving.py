@@ -25,7 +25,7 @@ from ebt_jax.training.monitor import say
 from ebt_jax.training.step import TrainState, saved_form
 from ebt_jax.training.workdir import checkpoint_steps
 
-METRIC = "eval/nll"  # the lower, the better a checkpoint
+SCORES = ("eval/nll", "eval/smooth_l1")  # one of a run; the lower, the better
 RETRY_SECONDS = 1.0  # before the first retry; then twice as long each time
 
 # What Orbax and TensorStore raise when files cannot be written.
@@ -221,8 +221,9 @@ class Saver:
         except _FAILURES as error:
             return _in_one_line(error)
         self._scores.pop(step, None)  # of a run that went back behind it
-        if METRIC in metrics:
-            self._scores[step] = metrics[METRIC]
+        score = score_of(metrics)
+        if score is not None:
+            self._scores[step] = score
         self._sealing = self._thread.submit(self._seal, step, metrics)
         return None
 
@@ -277,6 +278,12 @@ class Saver:
         )
 
 
+def score_of(metrics: dict[str, float]) -> float | None:
+    """What a checkpoint is judged by, of its evaluation; None if there was none."""
+    found = [metrics[name] for name in SCORES if name in metrics]
+    return found[0] if found else None
+
+
 def _handlers() -> dict[str, Any]:
     """How the parts of a checkpoint are written."""
     return {
@@ -294,8 +301,9 @@ def _read_scores(path: Path) -> dict[int, float]:
             metrics = manifest.read(directory_of(path, step)).metrics
         except (FileNotFoundError, manifest.DamagedManifest):
             continue  # an older one, which nobody asked for
-        if METRIC in metrics:
-            scores[step] = metrics[METRIC]
+        score = score_of(metrics)
+        if score is not None:
+            scores[step] = score
     return scores
 
 

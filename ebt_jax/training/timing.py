@@ -78,6 +78,7 @@ class Stopwatch:
         flops: float | None = None,
         devices: int = 1,
         device_kind: str = "",
+        unit: str = "tokens",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Starts the first window.
@@ -87,11 +88,12 @@ class Stopwatch:
           flops: of an update, over all devices; None if not known.
           devices: how many there are.
           device_kind: what they are.
+          unit: what is counted per second: tokens, frames or images.
           clock: seconds.
         """
         peak = peak_flops(device_kind)
         self._seconds_at_peak = flops / (peak * devices) if flops and peak else None
-        self._clock = clock
+        self._clock, self._rate = clock, f"{unit}_per_second"
         self._input_bound = _InputBound()
         self.restart(step)
 
@@ -117,14 +119,14 @@ class Stopwatch:
           tokens: predictions scored in each of them.
 
         Returns:
-          `tokens_per_second`; per update `seconds/input`, `seconds/checkpoint` and
-          `seconds/step`, which is the rest; `mfu`, model FLOP/s over the devices' peak,
-          and `device_memory_peak_bytes` where they are known.
+          `tokens_per_second`, or of another unit; per update `seconds/input`,
+          `seconds/checkpoint` and `seconds/step`, which is the rest; `mfu`, model
+          FLOP/s over the devices' peak, and `device_memory_peak_bytes` where they are known.
         """
         updates = max(step - self._step, 1)
         total = max(self._clock() - self._began, 1e-9)
         rest = max(total - sum(self._spent.values()), 0.0)
-        numbers = {"tokens_per_second": round(tokens * updates / total, 1)}
+        numbers = {self._rate: round(tokens * updates / total, 1)}
         for what, seconds in {**self._spent, "step": rest}.items():
             numbers[f"seconds/{what}"] = round(seconds / updates, 6)
         if self._seconds_at_peak is not None:
@@ -160,5 +162,5 @@ class _InputBound:
         self._said = now
         return (
             f"warning: {share:.0%} of the time goes into waiting for input; raise "
-            "data.num_workers, or let `ebt prepare` tokenize the corpus once"
+            "data.num_workers, or let `ebt prepare` tokenize or encode the data once"
         )

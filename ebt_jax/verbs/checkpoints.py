@@ -45,8 +45,9 @@ def _list(path: Path, steps: list[int]) -> int:
     """A line for each checkpoint, whatever its condition."""
     from ebt_jax.training import manifest
     from ebt_jax.training.checkpoint import directory_of
+    from ebt_jax.training.saving import score_of
 
-    print(f"{'step':>10}  {'saved':<16}  {'MB':>9}  {'eval/nll':>9}  files")
+    print(f"{'step':>10}  {'saved':<16}  {'MB':>9}  {'eval loss':>9}  files")
     for step in steps:
         directory = directory_of(path, step)
         saved, size, score = "", "", ""
@@ -57,8 +58,8 @@ def _list(path: Path, steps: list[int]) -> int:
         else:
             saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.saved))
             size = f"{found.bytes / 1e6:.1f}"
-            if "eval/nll" in found.metrics:
-                score = f"{found.metrics['eval/nll']:.4f}"
+            evaluated = score_of(found.metrics)
+            score = "" if evaluated is None else f"{evaluated:.4f}"
         condition = "; ".join(manifest.verify(directory)) or "verified"
         print(f"{step:>10}  {saved:<16}  {size:>9}  {score:>9}  {condition}")
     return 0

@@ -19,6 +19,7 @@ from ebt_jax.errors import Stopped, UserError, exit_code, one_line
 from ebt_jax.training import distributed
 from ebt_jax.training.distributed import Processes, running
 from ebt_jax.training.loop import fit
+from ebt_jax.training.task import show_text
 
 
 class Examples:
@@ -78,7 +79,14 @@ def main():
             batches = Eventful(int(index), int(step), event)
             objective = bigram(noise=0.3).objective
             held_out = held_out_batches()
-            fit(config, Path(workdir), objective, Letters(), batches, held_out)
+            fit(
+                config,
+                Path(workdir),
+                objective,
+                show_text(config, Letters()),
+                batches,
+                held_out,
+            )
     except (UserError, Stopped) as error:
         print(one_line(error), file=sys.stderr)
         return exit_code(error)

@@ -10,6 +10,7 @@ from ebt_jax.errors import StorageError, UserError
 from ebt_jax.training import checkpoint, manifest
 from ebt_jax.training.config import Config, resolve, to_json
 from ebt_jax.training.loop import fit
+from ebt_jax.training.task import show_text
 from ebt_jax.training.workdir import checkpoint_steps, claim_workdir
 
 
@@ -22,7 +23,7 @@ def finished(toy, tmp_path_factory):
     )
     objective = toy.bigram().objective
     batches, held_out = toy.training_batches(8), toy.held_out_batches()
-    fit(config, path, objective, toy.tokenizer, batches, held_out)
+    fit(config, path, objective, show_text(config, toy.tokenizer), batches, held_out)
     return path, config, objective
 
 
@@ -118,7 +119,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     straight = (path / "metrics.jsonl").read_text()
     again = shutil.copytree(path, tmp_path / "run")
     damage(again, 6)
-    pieces = toy.tokenizer, toy.training_batches(8), toy.held_out_batches()
+    show = show_text(config, toy.tokenizer)
+    pieces = show, toy.training_batches(8), toy.held_out_batches()
     fit(config, again, objective, *pieces)
     assert "continuing at step 4" in capsys.readouterr().err
     monkeypatch.setattr(checkpoint, "build_objective", lambda config: objective)

@@ -26,6 +26,7 @@ from ebt_jax.training.optim import make_optimizer
 from ebt_jax.training.saving import Saver
 from ebt_jax.training.sharding import make_mesh, state_target
 from ebt_jax.training.step import init_state
+from ebt_jax.training.task import show_text
 from ebt_jax.training.workdir import checkpoint_steps, claim_workdir
 
 TABLES = ("embed/embedding", "candidate_embed/kernel")
@@ -218,7 +219,13 @@ def test_a_new_run_begins_with_the_whole_state_of_another(toy, tmp_path, capsys)
     def run(path, resume_from="", **sections):
         config = toy.config(log={"every": 1, "example_ids": True}, **sections)
         data = toy.training_batches(8)
-        pieces = objective, toy.tokenizer, data, held_out, resume_from
+        pieces = (
+            objective,
+            show_text(config, toy.tokenizer),
+            data,
+            held_out,
+            resume_from,
+        )
         fit(config, path, *pieces)
         rows = (path / "metrics.jsonl").read_text().splitlines()
         lines = (path / "examples-0.jsonl").read_text().splitlines()
@@ -246,7 +253,7 @@ def test_lists_of_examples_are_rewound(toy, tmp_path):
         config,
         path,
         objective,
-        toy.tokenizer,
+        show_text(config, toy.tokenizer),
         toy.training_batches(8),
         toy.held_out_batches(),
     )

@@ -19,6 +19,7 @@ from ebt_jax.training.config import (
 )
 from ebt_jax.training.loop import fit, train
 from ebt_jax.training.opening import enable_compilation_cache
+from ebt_jax.training.task import show_text
 from ebt_jax.training.workdir import read_config
 
 EXTRAS = {"curve_steps": 3, "sample_tokens": 6}
@@ -31,7 +32,14 @@ def run(toy, path, fake=None, batches=None, noise=0.3, **sections):
     fake = fake or toy.bigram(noise=noise)
     batches = batches or toy.training_batches(config.train.batch_size)
     held_out = toy.held_out_batches()
-    return fit(config, path, fake.objective, toy.tokenizer, batches, held_out)
+    return fit(
+        config,
+        path,
+        fake.objective,
+        show_text(config, toy.tokenizer),
+        batches,
+        held_out,
+    )
 
 
 def metrics(path):

@@ -8,6 +8,7 @@ import pytest
 
 from ebt_jax.training import checkpoint, manifest
 from ebt_jax.training.loop import fit
+from ebt_jax.training.task import show_text
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def finished(toy, tmp_path_factory):
     )
     objective = toy.bigram().objective
     batches, held_out = toy.training_batches(8), toy.held_out_batches()
-    fit(config, path, objective, toy.tokenizer, batches, held_out)
+    fit(config, path, objective, show_text(config, toy.tokenizer), batches, held_out)
     return path
 
 

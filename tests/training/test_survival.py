@@ -13,6 +13,7 @@ from ebt_jax.errors import Stopped, StorageError, TrainingDiverged, UserError
 from ebt_jax.training import checkpoint, guard
 from ebt_jax.training.config import TrainConfig
 from ebt_jax.training.loop import fit
+from ebt_jax.training.task import show_text
 from ebt_jax.training.workdir import checkpoint_steps
 
 OFTEN = {"log": {"every": 1, "example_ids": True}, "eval": {"every": 0}}
@@ -23,7 +24,12 @@ def run(toy, path, *, fake=None, batches=None, **sections):
     fake = fake or toy.bigram(noise=0.3)
     batches = batches or toy.training_batches(8)
     return fit(
-        config, path, fake.objective, toy.tokenizer, batches, toy.held_out_batches()
+        config,
+        path,
+        fake.objective,
+        show_text(config, toy.tokenizer),
+        batches,
+        toy.held_out_batches(),
     )
 
 
