@@ -58,11 +58,12 @@ def evaluate(
       frames or images), `sequences`, and `bits_per_byte` where the batches have
       `bytes`. Of a refinement also `nll/step_i` (after step i, counting from 1),
       `gradient_norm/step_i`, `energy_before` (initial candidate), `energy_after`
-      (final candidate in the last landscape), `energy_gap` (before - after) and `energy_rose` (share of predictions
-      whose energy rose), and per prediction `refinement_steps`, `energy_gradients` and
-      `energy_evaluations`, see `Effort`. What is found after step i is there where
-      thinking is nothing but a number of steps; where it is more, there may be
-      `energy_spread`, see `Thought`. What is not finite is reported as it is.
+      (final candidate in the last landscape), `energy_gap` (before - after),
+      `energy_rose` (share of predictions whose energy rose), and per prediction
+      `refinement_steps`, `energy_gradients` and `energy_evaluations`, see `Effort`.
+      What is found after step i is there where thinking is nothing but a number of
+      steps; where it is more, there may be `energy_spread`, see `Thought`. What is not
+      finite is reported as it is.
 
     Raises:
       UserError: if nothing is scored, or for thinking that cannot be.

@@ -121,7 +121,8 @@ class Stopwatch:
         Returns:
           `tokens_per_second`, or of another unit; per update `seconds/input`,
           `seconds/checkpoint` and `seconds/step`, which is the rest; `mfu`, model
-          FLOP/s over the devices' peak, and `device_memory_peak_bytes` where they are known.
+          FLOP/s over the devices' peak, and `device_memory_peak_bytes` where they are
+          known.
         """
         updates = max(step - self._step, 1)
         total = max(self._clock() - self._began, 1e-9)
