@@ -1,0 +1,1 @@
+"""How good predicted images and frames are, and how they look."""
