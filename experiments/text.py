@@ -66,14 +66,13 @@ million steps: give `--config.data.path` and `--config.data.tokenizer`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 import ml_collections
 
 from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import UserError
-from ebt_jax.models.config import SIZES, ModelConfig
+from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import RefineSetup, system_2
 from ebt_jax.replay import ReplayConfig
 from ebt_jax.training.config import (
@@ -84,23 +83,12 @@ from ebt_jax.training.config import (
     TrainConfig,
     to_config_dict,
 )
+from ebt_jax.training.presets import PEAK_LR, parse_words, with_step_size
 
-# Peak learning rates of the paper, table D.1; 4xs and 3xs from the published code.
-PEAK_LR = {
-    "4xs": 2.4e-3,
-    "3xs": 1.8e-3,
-    "xxs": 1.2e-3,
-    "xs": 9e-4,
-    "small": 6e-4,
-    "medium": 3e-4,
-    "large": 2.5e-4,
-    "xl": 2e-4,
-}
 METHODS = ("s1", "s2", "anchored", "transformer_pp")
-ABLATIONS = ("no_replay", "no_langevin", "no_random_step_size", "no_random_steps")
+OPTIONS = ("no_replay", "no_langevin", "no_random_step_size", "no_random_steps")
 REPLAYED_BATCHES = 6  # that the buffer holds: 192 sequences, 32 at a time (published)
 SETTINGS = ("quickstart", "fidelity", "tiny")
-KEYS = ("size", "step_size")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -109,37 +97,21 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     Raises:
       UserError: for a word that is unknown or contradicts another.
     """
-    words = [word.strip() for word in arg.split(",") if word.strip()]
-    methods = [word for word in words if word in METHODS]
-    settings = [word for word in words if word in SETTINGS]
-    ablations = [word for word in words if word in ABLATIONS]
-    values = _values(
-        [word for word in words if word not in METHODS + SETTINGS + ABLATIONS]
-    )
-    for kind in (methods, settings):
-        if len(kind) > 1:
-            raise UserError(
-                f"preset {arg!r} names both {kind[0]!r} and {kind[1]!r}; choose one"
-            )
-    setting = settings[0] if settings else "published"
-    method = methods[0] if methods else "s1"
-    if setting == "quickstart" and not methods:
-        method = "anchored"
-    size = "xxs" if setting == "published" else "4xs"
-    size = values["size"] if "size" in values else size
-    if size not in SIZES:
-        raise UserError(f"preset size {size!r} is not one of {', '.join(SIZES)}")
+    words = parse_words(arg, methods=METHODS, settings=SETTINGS, options=OPTIONS)
+    setting = words.setting or "published"
+    method = words.method or ("anchored" if setting == "quickstart" else "s1")
+    size = words.size or ("xxs" if setting == "published" else "4xs")
     config = _method(method, size)
-    if "step_size" in values:
-        config = _with_step_size(config, values["step_size"])
+    if words.step_size is not None:
+        config = with_step_size(config, words.step_size)
     config = _setting(setting, config)
-    if ablations and method != "s2":
+    if words.options and method != "s2":
         raise UserError(
-            f"preset {arg!r} leaves something out of s2 ({ablations[0]!r}), but is "
+            f"preset {arg!r} leaves something out of s2 ({words.options[0]!r}), but is "
             f"{method!r}; add 's2'"
         )
     if method == "s2":
-        config = _ablated(_with_replay(config), ablations)
+        config = _ablated(_with_replay(config), words.options)
     return to_config_dict(config)
 
 
@@ -172,7 +144,7 @@ def _method(method: str, size: str) -> Config:
         checkpoint=CheckpointConfig(every=5_000),
     )
     if method == "s1":
-        return _with_step_size(config, 500.0)
+        return with_step_size(config, 500.0)
     if method == "s2":
         refine, objective = system_2(step_size=5.0, noise_std=3.0)
         return dataclasses.replace(config, refine=refine, objective=objective)
@@ -180,7 +152,7 @@ def _method(method: str, size: str) -> Config:
         model = ModelConfig(
             size=size, candidate_input="anchored", conditioning="default"
         )
-        return _with_step_size(dataclasses.replace(config, model=model), 5.0)
+        return with_step_size(dataclasses.replace(config, model=model), 5.0)
     model = ModelConfig(size=size, kind="transformer_pp")
     return dataclasses.replace(config, model=model)
 
@@ -225,7 +197,7 @@ def _with_replay(config: Config) -> Config:
     return dataclasses.replace(config, replay=replay)
 
 
-def _ablated(config: Config, ablations: list[str]) -> Config:
+def _ablated(config: Config, ablations: tuple[str, ...]) -> Config:
     """System 2 without some of its techniques."""
     changes: dict[str, Any] = {}
     if "no_langevin" in ablations:
@@ -237,33 +209,3 @@ def _ablated(config: Config, ablations: list[str]) -> Config:
     replay = ReplayConfig() if "no_replay" in ablations else config.replay
     refine = dataclasses.replace(config.refine, **changes)
     return dataclasses.replace(config, refine=refine, replay=replay)
-
-
-def _with_step_size(config: Config, step_size: float) -> Config:
-    """The learning rate of a step size is 3 times it (paper, appendix I)."""
-    return dataclasses.replace(
-        config,
-        refine=dataclasses.replace(config.refine, step_size=step_size),
-        optim=dataclasses.replace(config.optim, step_size_lr_multiplier=3 * step_size),
-    )
-
-
-def _values(words: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in KEYS:
-            words_known = METHODS + ABLATIONS + SETTINGS
-            known = (*words_known, *(f"{key}=..." for key in KEYS))
-            close = difflib.get_close_matches(key, words_known + KEYS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
-            raise UserError(
-                f"preset word {word!r} is unknown{hint} Known: {', '.join(known)}"
-            )
-        try:
-            if key == "step_size":
-                value = RefineSetup(step_size=float(value)).step_size
-        except ValueError as error:
-            raise UserError(f"preset word {word!r}: {error}") from error
-        values[key] = value
-    return values

@@ -23,6 +23,9 @@ are differentiated, one embedding and one product for the matrix's gradient serv
 T steps need (6 T + 4) V D, not 10 T V D. Of a context's last block only keys and values
 are needed, which come with the queries: M of its weights and its attention are not.
 (Where blocks are scanned it is computed whole.)
+
+Of video a token is a frame, V its numbers; to embed the context takes 4 V D more. Of
+images a token is a patch, V its numbers, S their number; there is no context.
 """
 
 from __future__ import annotations
@@ -39,12 +42,19 @@ from ebt_jax.objective_config import RefineSetup
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config
 
-# Parameters that grow with the vocabulary; they are not part of N.
-VOCABULARY = ("embed", "candidate_embed", "output")
+# Parameters that grow with the vocabulary, a frame or a patch; they are not part of N.
+VOCABULARY = (
+    "embed",
+    "candidate_embed",
+    "output",
+    "frame_embed",
+    "frame_output",
+    "patch_embed",
+)
 
 
 class Flops(NamedTuple):
-    """FLOPs of training per token, by what they are spent on.
+    """FLOPs per token, frame or patch, by what they are spent on.
 
     Attributes:
       blocks: products with the blocks' weights.
@@ -63,7 +73,7 @@ class Flops(NamedTuple):
 
 
 def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flops:
-    """FLOPs of training per token that the mathematics needs, by formula.
+    """FLOPs of training per token, frame or patch that the mathematics needs.
 
     What a program recomputes to save memory is not counted; nor are the contrastive
     term and modulations, which see no token.
@@ -82,8 +92,27 @@ def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flop
     return Flops(
         contexts * (weights - spared) + candidates * weights,
         passes * _keys(config) * model.width,
-        vocabulary * model.vocab_size * model.width,
+        vocabulary * entries(config) * model.width,
     )
+
+
+def entries(config: Config) -> int:
+    """V: entries of a token's candidate, numbers in a frame or in a patch."""
+    model = config.model
+    patch = model.patch * model.patch * model.channels
+    return {
+        "text": model.vocab_size,
+        "video": model.frame_size,
+        "image": patch,
+    }[model.space]
+
+
+def tokens_per_sequence(config: Config) -> int:
+    """Tokens or frames of a sequence, or patches of an image."""
+    model = config.model
+    if model.space != "image":
+        return config.data.context
+    return (model.image_size // model.patch) ** 2
 
 
 def thinking_flops(
@@ -104,8 +133,10 @@ def thinking_flops(
     weights = count_token_weights(params)
     attention = _keys(config) * model.width
     passes, contexts = 2 * gradients + energies, 0
-    if model.kind == "transformer_pp":
+    if model.kind != "ebt":
         passes = 1.0
+    elif model.space == "image":
+        contexts = 0
     elif model.conditioning == "default":
         contexts = 1
     else:
@@ -114,7 +145,7 @@ def thinking_flops(
     return Flops(
         2 * contexts * (weights - spared) + 2 * passes * weights,
         4 * (contexts * (model.layers - 1) + passes * model.layers) * attention,
-        2 * passes * model.vocab_size * model.width,
+        2 * passes * entries(config) * model.width,
     )
 
 
@@ -122,7 +153,7 @@ def formula(config: Config) -> str:
     """The formula of `analytic_flops`, in the letters of the module's docstring."""
     contexts, candidates, vocabulary = (f"{m:g}" for m in multiples(config))
     twice = f"{2 * float(candidates):g}"
-    if config.model.kind == "transformer_pp":
+    if config.model.kind != "ebt":
         return f"{candidates} N + {twice} L S D + {vocabulary} V D"
     shared = f"{2 * float(contexts):g}"
     return (
@@ -133,8 +164,9 @@ def formula(config: Config) -> str:
 
 def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float]:
     """How many N of contexts, N of candidates and V D `analytic_flops` finds."""
-    if config.model.kind == "transformer_pp":
-        return 0.0, 6.0, 6.0
+    embedding = 4.0 if config.model.space == "video" else 0.0
+    if config.model.kind != "ebt":
+        return 0.0, 6.0, 6.0 + embedding
     refine, last_only = config.refine, config.objective.loss_steps == "last"
     steps = num_steps or mean_steps(refine)
     differentiated = steps
@@ -142,11 +174,14 @@ def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float
         differentiated = 1.0
     constant = steps - differentiated
     contexts = 1 if config.model.conditioning == "default" else refine.num_landscapes
+    contexts = 0 if config.model.space == "image" else contexts
     learning = min(contexts, differentiated)
     vocabulary = 4 * constant + 10 * differentiated
     if refine.backprop == "per_step":
         changed = refine.gradient_clamp or refine.absolute_clamp or refine.sharpen
-        if refine.normalize_steps == "all" and not (changed or refine.noise_std):
+        text = config.model.space == "text"
+        plain = text and not (changed or refine.noise_std)
+        if refine.normalize_steps == "all" and plain:
             vocabulary -= 4 * (differentiated - 1)
     else:
         # A gradient reaches earlier candidates, through the candidate of a step.
@@ -157,13 +192,13 @@ def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float
     return (
         6 * learning + 2 * (contexts - learning),
         4 * constant + 12 * differentiated,
-        vocabulary,
+        vocabulary + embedding,
     )
 
 
 def _keys(config: Config) -> float:
     """Mean number of keys that a query is multiplied with."""
-    length, block = config.data.context, config.model.attention_block
+    length, block = tokens_per_sequence(config), config.model.attention_block
     if not block or length <= block:
         return length
     return block * (math.ceil(length / block) + 1) / 2
@@ -179,8 +214,12 @@ def count_token_weights(params: PyTree) -> int:
     return sum(
         math.prod(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"])
-        if len(leaf.shape) >= 3 and "modulation" not in jax.tree_util.keystr(path)
+        if len(leaf.shape) >= 3 and _of_tokens(jax.tree_util.keystr(path))
     )
+
+
+def _of_tokens(path: str) -> bool:
+    return "modulation" not in path and "bias" not in path
 
 
 def count_parameters(params: PyTree) -> int:

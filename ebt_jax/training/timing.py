@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from ebt_jax.evaluation.flops import analytic_flops
+from ebt_jax.evaluation.flops import analytic_flops, tokens_per_sequence
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config, scored_sequences
 
@@ -50,7 +50,7 @@ def flops_per_update(config: Config, params: PyTree) -> float | None:
     """
     if "blocks" not in params:
         return None
-    tokens = scored_sequences(config) * config.data.context
+    tokens = scored_sequences(config) * tokens_per_sequence(config)
     return analytic_flops(config, params).total * tokens
 
 

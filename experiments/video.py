@@ -1,0 +1,153 @@
+"""Video: the next frame's latents, and Transformer++.
+
+    ebt train --config=experiments/video.py:quickstart --workdir=runs/video
+
+trains on moving digits made of those that scikit-learn ships; nothing is downloaded,
+but `pip install -e '.[vision]'` is needed.
+
+Words, joined by commas after the colon:
+
+    s1              System 1 as published (the default): two steps, detached between,
+                    learnt step size 30,000, step embedding
+    s2              System 2 as published: 2 or 3 steps, Langevin noise, random step
+                    sizes around 3000, loss on the last, replay buffer
+    transformer_pp  the feed-forward baseline with the same blocks
+    most_recent     candidates start from the frame before instead of noise
+    size=SIZE       4xs, 3xs, xxs (the default), xs, small, medium, large or xl, with a
+                    third of the published learning rate, that of Transformer++
+    step_size=X     initial step size, with its published learning rate of 3 X peak_lr
+    quickstart      4xs, 16 x 16 pixels, for minutes on a laptop
+    tiny            seconds; for tests
+
+The published runs read Something-Something V2, 16 frames 0.25 s apart at 224 x 224
+pixels, each encoded by Stable Diffusion's VAE to 3,136 numbers: give
+`--config.data.path`, `--config.vision.encoder=vae` and `--config.vision.encoder_path`,
+or encode them once with `ebt prepare`.
+
+    ebt evaluate --workdir=runs/video --horizons=5
+
+continues clips and compares with copying their last frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+from ebt_jax.data.config import DataConfig
+from ebt_jax.data.vision_config import VisionConfig
+from ebt_jax.errors import UserError
+from ebt_jax.models.config import ModelConfig
+from ebt_jax.objective_config import RefineSetup, system_2
+from ebt_jax.replay import ReplayConfig
+from ebt_jax.training.config import (
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    OptimConfig,
+    TrainConfig,
+    to_config_dict,
+)
+from ebt_jax.training.presets import PEAK_LR, parse_words, with_step_size
+
+METHODS = ("s1", "s2", "transformer_pp")
+SETTINGS = ("quickstart", "tiny")
+OPTIONS = ("most_recent",)
+REPLAYED_BATCHES = 6  # that the buffer holds (published: 192 sequences, 32 at a time)
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of the words in `arg`.
+
+    Raises:
+      UserError: for a word that is unknown or contradicts another.
+    """
+    words = parse_words(arg, methods=METHODS, settings=SETTINGS, options=OPTIONS)
+    method = words.method or "s1"
+    size = words.size or ("4xs" if words.setting else "xxs")
+    config = _method(method, size)
+    if words.step_size is not None:
+        config = with_step_size(config, words.step_size)
+    if words.options:
+        if method == "transformer_pp":
+            raise UserError(
+                f"preset {arg!r} says where candidates start, but transformer_pp has "
+                "none; leave out 'most_recent'"
+            )
+        start = dataclasses.replace(config.refine, initial_candidate="most_recent")
+        config = dataclasses.replace(config, refine=start)
+    config = _setting(words.setting, config)
+    if method == "s2":
+        part = config.train.batch_size // config.train.accumulation
+        replay = ReplayConfig(capacity=REPLAYED_BATCHES * part)
+        config = dataclasses.replace(config, replay=replay)
+    return to_config_dict(config)
+
+
+def sweep() -> list[dict[str, Any]]:
+    """Energy model and baseline, three seeds each: flags of `ebt train`."""
+    return [
+        {
+            "config": f"experiments/video.py:quickstart,{method}",
+            "config.train.seed": seed,
+            "workdir": f"runs/video/{method.replace(',', '-')}-{seed}",
+        }
+        for method in ("s1", "s1,most_recent", "transformer_pp")
+        for seed in range(3)
+    ]
+
+
+def _method(method: str, size: str) -> Config:
+    """A method at a size, in the published setting."""
+    config = Config(
+        model=ModelConfig(space="video", size=size),
+        refine=RefineSetup(num_steps=2, num_landscapes=2, backprop="per_step"),
+        optim=OptimConfig(
+            peak_lr=PEAK_LR[size] / 3, warmup_steps=10_000, schedule_steps=1_000_000
+        ),
+        data=DataConfig(path="moving_digits", context=15, held_out=0.1),
+        vision=VisionConfig(size=224, crop="squash", frame_seconds=0.25),
+        train=TrainConfig(steps=100_000, batch_size=256, accumulation=4),
+        eval=EvalConfig(every=5_000, sequences=1024, batch_size=64, curve_steps=5),
+        checkpoint=CheckpointConfig(every=5_000),
+    )
+    if method == "s2":
+        refine, objective = system_2(step_size=3000.0, noise_std=1.0)
+        return dataclasses.replace(config, refine=refine, objective=objective)
+    if method == "s1":
+        return with_step_size(config, 30_000.0)
+    model = dataclasses.replace(config.model, kind="transformer_pp")
+    optim = dataclasses.replace(config.optim, peak_lr=PEAK_LR[size])
+    return dataclasses.replace(config, model=model, optim=optim)
+
+
+def _setting(setting: str, config: Config) -> Config:
+    """Data, length and evaluation of a setting."""
+    if not setting:
+        return config
+    steps = {"quickstart": 800, "tiny": 4}[setting]
+    config = dataclasses.replace(
+        config,
+        optim=dataclasses.replace(
+            config.optim, warmup_steps=min(100, steps // 2), schedule_steps=0
+        ),
+        data=DataConfig(path="moving_digits", context=9),
+        vision=VisionConfig(size=16, channels=1, crop="squash"),
+        train=TrainConfig(steps=steps, batch_size=32),
+        eval=EvalConfig(every=200, sequences=128, batch_size=32, curve_steps=4),
+        checkpoint=CheckpointConfig(every=200),
+    )
+    if setting == "tiny":
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, num_heads=2, dim=16),
+            data=DataConfig(path="moving_digits", context=4),
+            vision=VisionConfig(size=8, channels=1, crop="squash"),
+            train=TrainConfig(steps=steps, batch_size=8),
+            eval=EvalConfig(every=2, sequences=8, batch_size=8, curve_steps=2),
+            checkpoint=CheckpointConfig(every=2),
+            log=dataclasses.replace(config.log, every=1),
+        )
+    return config
