@@ -29,7 +29,13 @@ from ebt_jax.evaluation.bench_settings import Settings
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup, system_2
 from ebt_jax.thinking import Thinking
-from ebt_jax.training.config import Config, OptimConfig, TrainConfig, resolve
+from ebt_jax.training.config import (
+    Config,
+    OptimConfig,
+    TrainConfig,
+    resolve,
+    resolve_vision,
+)
 
 
 def bench(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
@@ -119,28 +125,32 @@ def bench_config(settings: Settings, kind: str, batch: int) -> Config:
         vocab_size=settings.vocab,
         dtype=settings.dtype,
         candidate_input=settings.candidate_input,
+        space=settings.space,
+        patch=settings.patch,
+        ffn_multiplier=4.0 if settings.space == "image" else 1.0,
         **{name: value for name, value in given.items() if value is not None},
     )
-    refine, objective = _system(settings.system, settings.refine_steps)
+    refine, objective = _system(settings)
     changed = {"block": settings.block, "meta_gradient": settings.meta_gradient}
     given = {name: value for name, value in changed.items() if value is not None}
     try:
         refine = dataclasses.replace(refine, **given)
     except ValueError as error:
         raise UserError(f"refine.{error}") from error
-    return resolve(
-        Config(
-            model=model,
-            refine=refine,
-            objective=objective,
-            optim=OptimConfig(
-                peak_lr=1e-4, step_size_lr_multiplier=3 * refine.step_size
-            ),
-            data=DataConfig(context=settings.seq),
-            train=TrainConfig(batch_size=batch),
-        ),
-        settings.vocab,
+    config = Config(
+        model=model,
+        refine=refine,
+        objective=objective,
+        optim=OptimConfig(peak_lr=1e-4, step_size_lr_multiplier=3 * refine.step_size),
+        data=DataConfig(context=settings.seq),
+        train=TrainConfig(batch_size=batch),
     )
+    if settings.space == "text":
+        return resolve(config, settings.vocab)
+    if settings.space == "video":
+        return resolve_vision(config, frame_size=settings.frame)
+    side, channels = settings.image, settings.channels
+    return resolve_vision(config, image_shape=(side, side, channels))
 
 
 def about(settings: Settings) -> dict[str, Any]:
@@ -149,11 +159,22 @@ def about(settings: Settings) -> dict[str, Any]:
     ebt = {
         "system": settings.system,
         "refine_steps": config.refine.num_steps,
-        "candidate_input": settings.candidate_input,
-        "conditioning": config.model.conditioning,
     }
+    if settings.space != "image":
+        ebt["candidate_input"] = settings.candidate_input
+        ebt["conditioning"] = config.model.conditioning
     if settings.job == "decode":
         ebt |= {"num_steps": settings.num_steps, "best_of": settings.best_of}
+    sizes = {
+        "text": {"vocab": settings.vocab},
+        "video": {"space": "video", "frame": settings.frame},
+        "image": {
+            "space": "image",
+            "image": settings.image,
+            "channels": settings.channels,
+            "patch": settings.patch,
+        },
+    }
     device = jax.devices()[0]
     return {
         "job": settings.job,
@@ -162,20 +183,29 @@ def about(settings: Settings) -> dict[str, Any]:
         "size": settings.size,
         "layers": config.model.layers,
         "dtype": settings.dtype,
-        "vocab": settings.vocab,
+        **sizes[settings.space],
         "device": device.device_kind,
         "jax": jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _system(system: int, steps: int) -> tuple[RefineSetup, ObjectiveConfig]:
-    """How the EBT is trained; `steps` is the most steps, 0 for the published number."""
-    if system == 1:
-        steps = steps or 2
-        refine = RefineSetup(num_steps=steps, num_landscapes=steps, step_size=500.0)
+def _system(settings: Settings) -> tuple[RefineSetup, ObjectiveConfig]:
+    """How the EBT is trained: denoising of images is published with one step."""
+    image, steps = settings.space == "image", settings.refine_steps
+    if settings.system == 1:
+        steps = steps or (1 if image else 2)
+        refine = RefineSetup(
+            num_steps=steps,
+            num_landscapes=1 if image else steps,
+            step_size=500.0,
+            initial_candidate="noised" if image else "noise",
+        )
         return refine, ObjectiveConfig(loss_steps="all")
-    return system_2(step_size=5.0, noise_std=3.0, num_steps=steps or 3)
+    refine, objective = system_2(step_size=5.0, noise_std=3.0, num_steps=steps or 3)
+    if image:
+        refine = dataclasses.replace(refine, noise_std=0.0, initial_candidate="noised")
+    return refine, objective
 
 
 def _deeper(settings: Settings) -> list[Config]:

@@ -7,7 +7,8 @@ import dataclasses
 from ebt_jax.errors import UserError
 
 JOBS = ("train", "decode", "memory", "compile")
-MODELS = ("ebt", "transformer_pp", "both")
+MODELS = ("ebt", "transformer_pp", "dit", "both")
+SPACES = ("text", "video", "image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,12 +16,17 @@ class Settings:
     """A benchmark; None leaves a value to the model's own default."""
 
     job: str = "train"  # train | decode | memory | compile
-    model: str = "ebt"  # ebt | transformer_pp | both
+    model: str = "ebt"  # ebt | transformer_pp | dit (image) | both
+    space: str = "text"  # what is predicted: text | video | image
     system: int = 1  # 1 | 2: how the EBT is trained, see bench.py
     size: str = "xxs"  # as in model.size
     layers: int = 0  # blocks; 0: the size's
     refine_steps: int = 0  # refinement steps; 0: 2 in System 1, 2 or 3 in System 2
     vocab: int = 50277  # entries of the vocabulary
+    frame: int = 3136  # video: numbers in a frame
+    image: int = 32  # image: pixels, or latents, of a side
+    channels: int = 4  # image: numbers in a pixel
+    patch: int = 2  # image: pixels of a patch's side
     dtype: str = "float32"  # of the computation: float32 | bfloat16
     candidate_input: str = "embedding"  # embedding | anchored
     conditioning: str | None = None  # None: time_embed, of anchored candidates default
@@ -42,15 +48,29 @@ class Settings:
     steps_to: int = 8  # compile: and with so many refinement steps
 
     def __post_init__(self) -> None:
-        for name, choices in (("job", JOBS), ("model", MODELS), ("system", (1, 2))):
+        for name, choices in (
+            ("job", JOBS),
+            ("model", MODELS),
+            ("space", SPACES),
+            ("system", (1, 2)),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(
                     f"bench {name} is {value!r}, but has to be one of "
                     f"{', '.join(map(str, choices))}"
                 )
+        if self.space != "text" and self.job not in ("train", "compile"):
+            raise UserError(
+                f"bench {self.job} is of text, but space is {self.space!r}; of images "
+                "and video there are train and compile"
+            )
         for name in (
             "vocab",
+            "frame",
+            "image",
+            "channels",
+            "patch",
             "seq",
             "new",
             "best_of",
@@ -80,7 +100,8 @@ class Settings:
     @property
     def models(self) -> tuple[str, ...]:
         """The kinds of models that are measured."""
-        return ("ebt", "transformer_pp") if self.model == "both" else (self.model,)
+        baseline = "dit" if self.space == "image" else "transformer_pp"
+        return ("ebt", baseline) if self.model == "both" else (self.model,)
 
     @property
     def sequences(self) -> tuple[int, ...]:

@@ -73,6 +73,7 @@ PEER = (
 )
 HEADING = (
     "job",
+    "space",
     "system",
     "refine_steps",
     "num_steps",

@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebt_jax.evaluation.flops import analytic_flops, mean_steps
+from ebt_jax.evaluation.flops import (
+    analytic_flops,
+    mean_steps,
+    tokens_per_sequence,
+)
 from ebt_jax.evaluation.generation import generate_ids
 from ebt_jax.evaluation.sampling import Sampling
 from ebt_jax.thinking import Thinking
 from ebt_jax.training.config import Config
-from ebt_jax.training.objective import build_objective
+from ebt_jax.training.objective import batch_shapes, build_objective
 from ebt_jax.training.optim import make_optimizer
 from ebt_jax.training.step import init_state, make_step
 
@@ -211,16 +215,20 @@ def _updates(config: Config, say: Say) -> Callable[[], Update]:
     say(f"compiling the training step of {config.model.kind}")
     state = jax.jit(lambda: init_state(objective, optimizer, 0))()
     rng = np.random.default_rng(0)
-    shape = (config.train.batch_size, config.data.context + 1)
+    shapes_of = {n: s for n, s in batch_shapes(config).items() if n != "index"}
+
+    def drawn(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if name == "weights":
+            return jnp.ones(shape.shape, shape.dtype)
+        if jnp.issubdtype(shape.dtype, jnp.integer):
+            numbers = rng.integers(0, config.model.vocab_size, shape.shape)
+        else:
+            numbers = rng.standard_normal(shape.shape, np.float32)
+        return jnp.asarray(numbers, shape.dtype)
 
     def call() -> Update:
         nonlocal state
-        tokens = rng.integers(0, config.model.vocab_size, shape)
-        batch = {
-            "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
-            "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
-            "weights": jnp.ones((shape[0], shape[1] - 1), jnp.float32),
-        }
+        batch = {name: drawn(name, shape) for name, shape in shapes_of.items()}
         jax.block_until_ready((state, batch))
         begin = time.perf_counter()
         state, metrics = update(state, batch)
@@ -260,7 +268,7 @@ def _generation(
 def _train_row(
     config: Config, compiling: float, updates: Sequence[Update]
 ) -> dict[str, Any]:
-    batch, seq = config.train.batch_size, config.data.context
+    batch, seq = config.train.batch_size, tokens_per_sequence(config)
     flops = _mean_flops(config)
     seconds = flops * _seconds_per_flop(updates)
     row = _row(config.model.kind, batch, batch * seq, seconds, compiling)

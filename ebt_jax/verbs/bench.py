@@ -46,9 +46,9 @@ VERB = Verb(
     "memory   of the compiled training step; runs nothing\n"
     "compile  of the training step, with more layers and more steps\n"
     "\n"
-    "On random tokens. --batch and --prompt take several numbers, such as 64,256.\n"
-    "--model=both times EBT and Transformer++ in alternation and sets their ratio\n"
-    "beside that of their FLOPs.\n"
+    "On random inputs. --batch and --prompt take several numbers, such as 64,256.\n"
+    "--model=both times the EBT and its baseline in alternation and sets their ratio\n"
+    "beside that of their FLOPs. Of images a token is a patch, of video a frame.\n"
     "--peer runs another program in alternation, each in processes of their own.\n"
     "It prints JSON with seconds, tokens_per_second and peak_mib. Both get\n"
     "MALLOC_MMAP_THRESHOLD_=8589934592 and MALLOC_TRIM_THRESHOLD_=17179869184\n"
@@ -57,7 +57,8 @@ VERB = Verb(
     example="ebt bench train --size=xxs --vocab=256 --batch=4 --seq=256",
     call=run,
     flags=(
-        Flag("model", "ebt, transformer_pp or both", BENCH.model),
+        Flag("model", "ebt, transformer_pp, dit or both", BENCH.model),
+        Flag("space", "what is predicted: text, video or image", BENCH.space),
         Flag("system", "how the EBT is trained, 1 or 2", BENCH.system, INTEGER),
         Flag("size", "4xs, 3xs, xxs, xs, small, medium, large or xl", BENCH.size),
         Flag("layers", "blocks; 0: the size's", BENCH.layers, COUNT),
@@ -85,6 +86,10 @@ VERB = Verb(
             COUNT,
         ),
         Flag("vocab", "entries of the vocabulary", BENCH.vocab, POSITIVE),
+        Flag("frame", "video: numbers in a frame", BENCH.frame, POSITIVE),
+        Flag("image", "image: pixels of a side", BENCH.image, POSITIVE),
+        Flag("channels", "image: numbers in a pixel", BENCH.channels, POSITIVE),
+        Flag("patch", "image: pixels of a patch's side", BENCH.patch, POSITIVE),
         Flag("batch", "sequences at once; one or several numbers", "2"),
         Flag("seq", "tokens of a training sequence", BENCH.seq, POSITIVE),
         Flag("seq_to", "memory: doubles seq up to this", BENCH.seq_to, COUNT),
