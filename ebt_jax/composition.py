@@ -15,7 +15,7 @@ import jax
 
 from ebt_jax.errors import UserError
 from ebt_jax.interfaces import Batch, Caching, EnergyModel
-from ebt_jax.refine import EnergyFn, PyTree
+from ebt_jax.refine import EnergyFn, Perturbing, PyTree
 
 
 def compose(energy_fns: Sequence[EnergyFn], weights: Sequence[float]) -> EnergyFn:
@@ -86,6 +86,7 @@ def compose_models(
         initial_candidate=initial_candidate,
         caching=_together(cachings) if len(cachings) == len(models) else None,
         categorical=None,
+        perturbing=_perturbing_each([model.perturbing for model in models]),
     )
 
 
@@ -126,6 +127,19 @@ def check_same_space(models: Sequence[EnergyModel], batch: Batch) -> None:
             )
 
 
+def _perturbing_each(perturbings: Sequence[Perturbing | None]) -> Perturbing | None:
+    """Noise of its own for each model, where all take it so."""
+    each = [perturbing for perturbing in perturbings if perturbing is not None]
+    if len(each) < len(perturbings):
+        return None
+
+    def into(context: PyTree, noise: PyTree) -> PyTree:
+        triples = zip(each, context, noise, strict=True)
+        return [perturbing.into(of, n) for perturbing, of, n in triples]
+
+    return Perturbing(lambda z: [perturbing.like(z) for perturbing in each], into)
+
+
 def _together(cachings: Sequence[Caching]) -> Caching:
     """The caches of several models, one beside the other."""
 
@@ -154,4 +168,5 @@ def _together(cachings: Sequence[Caching]) -> Caching:
         append=append,
         following=each("following"),
         length=lambda cache: cachings[0].length(cache[0]),
+        newest=lambda cache: cachings[0].newest(cache[0]),
     )

@@ -82,14 +82,15 @@ class Decoder(NamedTuple):
     Attributes:
       prepare: `(params) -> params` for the functions below, which take them with and
         without; they read prepared ones faster. Not to be called under `jit`.
-      prefill: `(params, tokens, lengths) -> cache`; tokens `[batch, capacity]`, with
-        anything behind the end of a sequence, lengths `[batch]`, at least 1.
+      prefill: `(params, tokens, lengths) -> cache`; tokens `[batch, capacity]`, or
+        frames `[batch, capacity, frame_size]`, with anything behind the end of a
+        sequence, lengths `[batch]`, at least 1.
       predict: `(params, cache, index, key, thinking) -> Thought`, what follows each
         sequence: candidates `[batch, ...]`, for text logits `[batch, vocab]`, and what
         they took. The same as `Objective.predict` gives at the last
         position of a sequence named `index`.
-      append: `(params, cache, tokens) -> cache`, one token `[batch]` more. A sequence
-        that outgrows the capacity is lost; no other is.
+      append: `(params, cache, tokens) -> cache`, one token `[batch]`, or frame, more. A
+        sequence that outgrows the capacity is lost; no other is.
       rewinding: how tokens are taken back; None where they cannot be.
       predict_at: `(params, cache, marks, index, key, thinking) -> Thought`, what
         follows each sequence at each of several marks, `[batch, marks, ...]`, found
@@ -124,8 +125,9 @@ class EnergyModel(NamedTuple):
         loss, such as `mse`; None for nothing.
       starts: initial candidates `(batch) -> candidate` by the names that
         `RefineSetup.initial_candidate` has for them, besides noise and zeros.
-      corrupt: `(keys, batch) -> batch` with what a prediction draws of its input, such
-        as a noised image; keys `[*batch]`. None where inputs are taken as they are.
+      corrupt: `(keys, batch, training) -> batch` with what a prediction draws of its
+        input, such as a noised image; keys `[*batch]`, training a bool. None where
+        inputs are taken as they are.
       perturbing: how noise enters; None where it is added to candidates.
     """
 
@@ -141,7 +143,7 @@ class EnergyModel(NamedTuple):
     measure: str = "nll"
     measures: Callable[[PyTree, Batch], dict[str, jax.Array]] | None = None
     starts: Mapping[str, Callable[[Batch], PyTree]] = MappingProxyType({})
-    corrupt: Callable[[jax.Array, Batch], Batch] | None = None
+    corrupt: Callable[[jax.Array, Batch, bool], Batch] | None = None
     perturbing: Perturbing | None = None
 
 
@@ -165,6 +167,33 @@ class FeedForward(NamedTuple):
     measures: Callable[[PyTree, Batch], dict[str, jax.Array]] | None = None
 
 
+class Denoiser(NamedTuple):
+    """A diffusion model: predicts the noise in images, and a variance.
+
+    Attributes:
+      init: `(key) -> params`.
+      condition: `(params, batch) -> [rows, dim]`, what it is told besides the time;
+        None for nothing.
+      unconditional: `(params) -> [1, dim]` in place of that where nothing is to be
+        told; None where it is always told.
+      predict: `(params, condition, noised, timestep) -> [batch, ..., 2 channels]`, see
+        `diffusion.Predict`.
+      loss: `(candidate, batch, smoothing) -> [batch]`, of a denoised image.
+      measure: see `Objective`.
+      measures: as in `EnergyModel`.
+      corrupt: as in `EnergyModel`: gives a batch its `noised` images.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    condition: Callable[[PyTree, Batch], jax.Array | None]
+    unconditional: Callable[[PyTree], jax.Array] | None
+    predict: Callable[..., jax.Array]
+    loss: Callable[..., jax.Array]
+    measure: str
+    measures: Callable[[PyTree, Batch], dict[str, jax.Array]]
+    corrupt: Callable[[jax.Array, Batch, bool], Batch]
+
+
 class Rewinding(NamedTuple):
     """How sequences that have grown are cut off again.
 
@@ -172,6 +201,8 @@ class Rewinding(NamedTuple):
       mark: `(cache) -> mark`, where the sequences end now; a small tree of arrays.
       restore: `(cache, mark) -> cache`, whose sequences end at a mark of it again.
       lengths: `(marks) -> [marks, batch]`, tokens of the sequences at stacked marks.
+      newest: `(marks) -> batch`, as `Caching.newest` at each of several marks,
+        `[batch, marks, ...]`.
       following: `(params, cache, marks) ->` the context of a candidate for what follows
         at each of several marks `[marks, ...]`; the candidates are `[batch, marks,
         ...]`. None of a model that predicts in one pass.
@@ -180,11 +211,12 @@ class Rewinding(NamedTuple):
     mark: Callable[[PyTree], PyTree]
     restore: Callable[[PyTree, PyTree], PyTree]
     lengths: Callable[[PyTree], jax.Array]
+    newest: Callable[[PyTree], Batch]
     following: Callable[[PyTree, PyTree, PyTree], PyTree] | None
 
 
 class Caching(NamedTuple):
-    """Sequences that are encoded once and grow by a token at a time.
+    """Sequences that are encoded once and grow by a token, or a frame, at a time.
 
     Attributes:
       prepare: as in `Decoder`.
@@ -194,7 +226,12 @@ class Caching(NamedTuple):
         an energy model the context of a candidate for it, of a feed-forward model its
         prediction.
       length: `(cache) -> [batch]`, tokens of each sequence.
+      newest: `(cache) -> batch` of the last token or frame of each sequence,
+        `[batch, 1, ...]`: what initial candidates are made of.
       rewinding: as in `Decoder`.
+      rows: `(context, index) ->` the context of some of the sequences `[some]`, of one
+        that `following` gave, its own or that of `rewinding`; None where candidates
+        have none, or it cannot be taken apart.
     """
 
     prepare: Callable[[PyTree], PyTree]
@@ -202,7 +239,9 @@ class Caching(NamedTuple):
     append: Callable[[PyTree, PyTree, jax.Array], PyTree]
     following: Callable[[PyTree, PyTree], PyTree]
     length: Callable[[PyTree], jax.Array]
+    newest: Callable[[PyTree], Batch]
     rewinding: Rewinding | None = None
+    rows: Callable[[PyTree, jax.Array], PyTree] | None = None
 
 
 class Categorical(NamedTuple):

@@ -116,7 +116,7 @@ def refined(
         keys = prediction_keys(key, batch["index"], _positions(batch))
         if model.corrupt is not None:
             # 0 and 1 are what initial candidates and noise fold in.
-            batch = model.corrupt(fold_in(keys, CORRUPTION), batch)
+            batch = model.corrupt(fold_in(keys, CORRUPTION), batch, False)
         return keys, batch
 
     def evaluate(
@@ -167,6 +167,7 @@ def refined(
             config=evaluated(0),
             normalize=model.normalize,
             rows=rows,
+            perturbing=model.perturbing,
             **sizes(params),
         )
 
@@ -213,7 +214,7 @@ def refined(
         context = caching.following(params, cache)
         last = caching.length(cache)[:, None] - 1
         keys = prediction_keys(key, index, last)
-        batch = {"tokens": last}
+        batch = caching.newest(cache)
         following = thought(params, context, batch, keys, thinking, caching.rows)
         return jax.tree.map(lambda x: x[:, 0], following)
 
@@ -231,7 +232,7 @@ def refined(
         context = rewinding.following(params, cache, marks)
         last = rewinding.lengths(marks).T - 1
         keys = prediction_keys(key, index, last)
-        batch = {"tokens": last}
+        batch = rewinding.newest(marks)
         return thought(params, context, batch, keys, thinking, caching.rows)
 
     decoder = _decoder(model.caching, predict_next, predict_at)

@@ -29,7 +29,14 @@ from ebt_jax.methods import (
     transform_of,
 )
 from ebt_jax.randomness import fold_in
-from ebt_jax.refine import EnergyFn, PyTree, RefineConfig, refine, refine_until
+from ebt_jax.refine import (
+    EnergyFn,
+    Perturbing,
+    PyTree,
+    RefineConfig,
+    refine,
+    refine_until,
+)
 
 __all__ = [
     "AS_TRAINED",
@@ -129,6 +136,8 @@ def think(
     config: RefineConfig,
     normalize: Callable[[PyTree], PyTree],
     noise_std: ArrayLike | None = None,
+    perturbing: Perturbing | None = None,
+    rows: Callable[[PyTree, jax.Array], PyTree] | None = None,
 ) -> Thought:
     """Predicts by refinement.
 
@@ -146,6 +155,9 @@ def think(
       config: as in `refine`; its `num_steps` is the trained number.
       normalize: as in `refine`.
       noise_std: as in `refine`.
+      perturbing: as in `refine`.
+      rows: as in `refine_until`: what has stopped leaves the work, of one candidate for
+        each prediction.
 
     Raises:
       UserError: at trace time, for what `check_thinking` refuses.
@@ -166,7 +178,11 @@ def think(
         none = jnp.zeros(keys.shape, jnp.int32)
         all_steps = none + config.num_steps
         shared = {"config": config, "step_size": step_size, "normalize": normalize}
-        moved = {"transform": transform_of(thinking.method), "noise_std": noise_std}
+        moved = {
+            "transform": transform_of(thinking.method),
+            "noise_std": noise_std,
+            "perturbing": perturbing,
+        }
         if isinstance(thinking.method, Lower | Mala):
             candidate, _, _, gradients = refine_accepting(
                 energy_fn,
@@ -199,6 +215,7 @@ def think(
                 max_steps=config.num_steps,
                 tolerance=thinking.tolerance,
                 key=key,
+                rows=None if several else rows,
                 **shared,
                 **moved,
             )

@@ -33,7 +33,8 @@ def encode(
 
     Args:
       params: the parameters.
-      tokens: int32 `[batch, width]`, anything behind the end of a sequence.
+      tokens: int32 `[batch, width]`, or frames `[batch, width, frame_size]`; anything
+        behind the end of a sequence.
       lengths: int32 `[batch]`, at least 1 and at most width.
       objective: whose decoder encodes.
       samples: how often each sequence stands in the cache, in a row.
@@ -47,8 +48,8 @@ def encode(
 
     def shapes(batch: int, width: int) -> PyTree:
         of = jax.ShapeDtypeStruct
-        both = of((batch, width), tokens.dtype), of((batch,), lengths.dtype)
-        return jax.eval_shape(prefill, params, *both)
+        sequences = of((batch, width, *tokens.shape[2:]), tokens.dtype)
+        return jax.eval_shape(prefill, params, sequences, of((batch,), lengths.dtype))
 
     # A cache is the model's own affair, but what grows with more sequences is the axis
     # of the batch, and what a longer sequence needs is room behind a shorter one.

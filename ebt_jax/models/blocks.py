@@ -178,6 +178,11 @@ def dense(config: ModelConfig, features: int) -> nn.Dense:
     )
 
 
+def projection(config: ModelConfig, features: int) -> nn.Dense:
+    """A linear map with a bias, as `dense` else."""
+    return nn.Dense(features, dtype=_compute(config), kernel_init=xavier_normal)
+
+
 def modulation(config: ModelConfig, parts: int) -> nn.Dense:
     """The linear map from a condition to shifts, scales and gates."""
     zero = config.conditioning == "adaln_zero"
@@ -196,6 +201,35 @@ def embedding(config: ModelConfig, entries: int) -> nn.Embed:
         dtype=_compute(config),
         embedding_init=nn.initializers.normal(1.0),
     )
+
+
+def rematerialized(config: ModelConfig, layer: Callable, scanned: bool) -> Callable:
+    """A layer that is recomputed in the backward pass, as much as the config says.
+
+    Args:
+      config: the model's.
+      layer: a function that runs a block.
+      scanned: whether it runs within a loop.
+    """
+    if config.remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    keep = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+    }[config.remat]
+    # Within a loop there is nothing for XLA to merge the recomputation with.
+    return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
+
+
+def init_of(module: nn.Module, key: jax.Array, *inputs: Any) -> Any:
+    """A module's parameters, a plain dict, for inputs like these."""
+    return module.init(key, *inputs).get("params", {})
+
+
+def apply(module: nn.Module, params: Any, name: str, *inputs: Any) -> Any:
+    """What a module whose parameters are `params[name]` makes of inputs."""
+    return module.apply({"params": params[name]}, *inputs)
 
 
 def _compute(config: ModelConfig) -> Any:

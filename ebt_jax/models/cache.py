@@ -1,4 +1,4 @@
-"""Sequences that are encoded once and grow by a token at a time.
+"""Sequences that are encoded once and grow by a token, or a frame, at a time.
 
 Each landscape has keys and values of its own: what a refinement step reads in one is
 nowhere copied out of an array that holds all of them.
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ebt_jax.models import causal
+from ebt_jax.interfaces import Caching, Rewinding
+from ebt_jax.models import causal, ends
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.refine import PyTree
 
@@ -29,14 +30,48 @@ class Cache(NamedTuple):
         of a sequence is never seen.
       values: like keys.
       lengths: int32 `[batch]`, tokens of each sequence.
-      last: the last token's embedding, or its final hidden state in Transformer++,
+      newest: the last token `[batch, 1]`, or frame `[batch, 1, frame_size]`.
+      last: its embedding, or its final hidden state in Transformer++,
         `[batch, 1, dim]`.
     """
 
     keys: tuple[PyTree, ...]
     values: tuple[PyTree, ...]
     lengths: jax.Array
+    newest: jax.Array
     last: jax.Array
+
+
+def caching(config: ModelConfig) -> Caching:
+    """All of this, as objectives use it."""
+    bound = lambda function: functools.partial(function, config)
+    energy = config.kind == "ebt"
+
+    def following(params: PyTree, cache: Cache) -> PyTree:
+        if energy:
+            return next_context(config, cache)
+        return causal.predict_from_hidden(config, params, cache.last)
+
+    return Caching(
+        prepare=bound(causal.with_blocks_apart),
+        prefill=bound(prefill),
+        append=bound(append),
+        following=following,
+        length=lambda cache: cache.lengths,
+        newest=lambda cache: ends.as_batch(config, cache.newest),
+        rewinding=Rewinding(
+            mark=mark,
+            restore=restore,
+            lengths=lambda marks: marks.lengths,
+            newest=lambda marks: ends.as_batch(config, _by_sequence(marks.newest)),
+            following=(
+                (lambda params, cache, marks: context_at(config, cache, marks))
+                if energy
+                else None
+            ),
+        ),
+        rows=rows_of if energy else None,
+    )
 
 
 def prefill(
@@ -47,10 +82,11 @@ def prefill(
     Args:
       config: the model's.
       params: its parameters.
-      tokens: int32 `[batch, capacity]`; anything behind the end of a sequence.
+      tokens: int32 `[batch, capacity]`, or frames `[batch, capacity, frame_size]`;
+        anything behind the end of a sequence.
       lengths: int32 `[batch]`, at least 1 each.
     """
-    x = causal.embed(config, params, tokens)
+    x = ends.embed(config, params, tokens)
     positions = jnp.arange(tokens.shape[1])
     piece = PIECE if tokens.shape[1] <= MOST_PIECES * PIECE else 0
     streams = [
@@ -58,16 +94,20 @@ def prefill(
         for step in _steps(config, params)
     ]
     last = streams[0][0] if config.kind == "transformer_pp" else x
-    index = (lengths - 1)[:, None, None]
     keys, values = zip(*(past for _, past in streams), strict=True)
-    return Cache(keys, values, lengths, jnp.take_along_axis(last, index, axis=1))
+
+    def end(x: jax.Array) -> jax.Array:
+        index = (lengths - 1).reshape(-1, *(1 for _ in x.shape[1:]))
+        return jnp.take_along_axis(x, index, axis=1)
+
+    return Cache(keys, values, lengths, end(tokens), end(last))
 
 
 def append(
     config: ModelConfig, params: PyTree, cache: Cache, tokens: jax.Array
 ) -> Cache:
-    """Encodes one more token, int32 `[batch]`, of each sequence."""
-    x = causal.embed(config, params, tokens[:, None])
+    """Encodes one more token `[batch]`, or frame, of each sequence."""
+    x = ends.embed(config, params, tokens[:, None])
     visible = causal.visible_keys(config, cache.lengths[:, None] - 1, None)
     place = cache.lengths[:, None] + causal.step_tokens(config)
     sequences = jnp.arange(tokens.shape[0])
@@ -94,47 +134,60 @@ def append(
         last = hidden if config.kind == "transformer_pp" else x
         grown.append(jax.tree.map(functools.partial(write, own[0][-1]), past, own))
     keys, values = zip(*grown, strict=True)
-    return Cache(keys, values, cache.lengths + 1, last)
+    return Cache(keys, values, cache.lengths + 1, tokens[:, None], last)
 
 
-def next_context(config: ModelConfig, cache: Cache, samples: int = 1) -> causal.Context:
-    """The context of so many candidates for each sequence, all for its next token."""
-    rows = jnp.broadcast_to(cache.lengths[:, None] - 1, (len(cache.lengths), samples))
+def next_context(config: ModelConfig, cache: Cache) -> causal.Context:
+    """The context of a candidate for what follows each sequence."""
+    rows = cache.lengths[:, None] - 1
     anchor = cache.last if config.candidate_input == "anchored" else None
     ahead = rows + causal.step_tokens(config) + 1
     return causal.Context(cache.keys, cache.values, rows, ahead, None, anchor)
 
 
 class Mark(NamedTuple):
-    """Where sequences end: `lengths` and `last` of a `Cache`."""
+    """Where sequences end: `lengths`, `newest` and `last` of a `Cache`."""
 
     lengths: jax.Array
+    newest: jax.Array
     last: jax.Array
 
 
 def mark(cache: Cache) -> Mark:
     """Where the sequences end now."""
-    return Mark(cache.lengths, cache.last)
+    return Mark(cache.lengths, cache.newest, cache.last)
 
 
 def restore(cache: Cache, mark: Mark) -> Cache:
     """The sequences as they were at a mark; what came after it is no longer seen."""
-    return cache._replace(lengths=mark.lengths, last=mark.last)
+    return cache._replace(**mark._asdict())
 
 
 def context_at(config: ModelConfig, cache: Cache, marks: Mark) -> causal.Context:
-    """The context of a candidate for the token after each of several marks."""
+    """The context of a candidate for what follows each of several marks."""
     rows = marks.lengths.T - 1
     anchor = None
     if config.candidate_input == "anchored":
-        anchor = jnp.moveaxis(marks.last[:, :, 0], 0, 1)
+        anchor = _by_sequence(marks.last)
     ahead = rows + causal.step_tokens(config) + 1
     return causal.Context(cache.keys, cache.values, rows, ahead, None, anchor)
 
 
-def next_logits(config: ModelConfig, params: PyTree, cache: Cache) -> jax.Array:
-    """Transformer++: logits of the next token, `[batch, 1, vocab]`."""
-    return causal.output_logits(config, params, cache.last)
+def rows_of(context: causal.Context, index: jax.Array) -> causal.Context:
+    """The context of candidates for some of the sequences, `[some]`."""
+    of_keys = lambda x: jnp.take(x, index, axis=x.ndim - 4, mode="clip")
+    return context._replace(
+        keys=jax.tree.map(of_keys, context.keys),
+        values=jax.tree.map(of_keys, context.values),
+        rows=context.rows[index],
+        positions=context.positions[index],
+        anchor=None if context.anchor is None else context.anchor[index],
+    )
+
+
+def _by_sequence(of_marks: jax.Array) -> jax.Array:
+    """`[marks, batch, 1, ...]` as `[batch, marks, ...]`."""
+    return jnp.moveaxis(of_marks[:, :, 0], 0, 1)
 
 
 def _steps(config: ModelConfig, params: PyTree) -> list[Any]:

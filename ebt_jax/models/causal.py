@@ -1,4 +1,4 @@
-"""Causal models of token sequences: the energy network and Transformer++.
+"""Causal models of tokens or frames: the energy network and Transformer++.
 
 Counting from 0, token j sits at rotary position j. Candidate j stands for token j+1:
 it sits at position j+1, attends tokens 0..j and itself, with the weights that tokens
@@ -14,19 +14,21 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ebt_jax.interfaces import Batch
+from ebt_jax.models import ends
 from ebt_jax.models.attention import Visible, rotation
 from ebt_jax.models.blocks import (
     Block,
     Norm,
+    apply,
     dense,
     embedding,
+    init_of,
     modulation,
-    xavier_normal,
+    rematerialized,
 )
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.refine import PyTree
@@ -47,6 +49,7 @@ class Context(NamedTuple):
       segments: int32 `[batch, seq]` of packed sequences, or None.
       anchor: embeddings of the tokens that candidates continue, `[batch, seq, dim]`, or
         None.
+      noise: what is added to embedded candidates besides, `[batch, seq, dim]`, or None.
     """
 
     keys: PyTree
@@ -55,6 +58,7 @@ class Context(NamedTuple):
     positions: jax.Array
     segments: jax.Array | None
     anchor: jax.Array | None
+    noise: jax.Array | None = None
 
 
 def init(config: ModelConfig, key: jax.Array) -> PyTree:
@@ -68,43 +72,39 @@ def init(config: ModelConfig, key: jax.Array) -> PyTree:
     condition = vector if energy and conditioned else None
 
     def block(key: jax.Array) -> PyTree:
-        return _init(Block(config), key, x, turns, visible, condition)
+        return init_of(Block(config), key, x, turns, visible, condition)
 
     params = {
-        "embed": _init(
-            embedding(config, config.vocab_size), next(keys), jnp.int32([0])
-        ),
+        **ends.init_input(config, next(keys)),
         "blocks": jax.vmap(block)(jax.random.split(next(keys), config.layers)),
-        "final_norm": _init(_final_norm(config), next(keys), x),
+        "final_norm": init_of(_final_norm(config), next(keys), x),
     }
     if not energy:
-        params["output"] = _init(dense(config, config.vocab_size), next(keys), x)
-        return params
-    params["energy"] = _init(dense(config, 1), next(keys), x)
-    if not config.tied_embedding:
-        shape = (config.vocab_size, config.width)
-        params["candidate_embed"] = {"kernel": xavier_normal(next(keys), shape)}
+        return params | ends.init_output(config, next(keys))
+    params["energy"] = init_of(dense(config, 1), next(keys), x)
+    if ends.has_candidate_table(config):
+        params |= ends.init_candidate_table(config, next(keys))
     if config.conditioning != "default":
         table = embedding(config, config.num_landscapes)
-        params["step_embed"] = _init(table, next(keys), jnp.int32([0]))
+        params["step_embed"] = init_of(table, next(keys), jnp.int32([0]))
     if conditioned:
-        params["final_modulation"] = _init(modulation(config, 2), next(keys), vector)
+        params["final_modulation"] = init_of(modulation(config, 2), next(keys), vector)
     return params
 
 
 def encode_context(config: ModelConfig, params: PyTree, batch: Batch) -> Context:
-    """Runs the context stream over `batch["tokens"]` `[batch, seq]`.
+    """Runs the context stream over a batch's tokens `[batch, seq]` or frames.
 
     `batch["segments"]` and `batch["positions"]` `[batch, seq]`, where there are any,
     keep packed documents apart.
     """
-    x = embed(config, params, batch["tokens"])
+    x = ends.embed(config, params, ends.sequences(config, batch))
     encode = functools.partial(encode_embedded, config, params, x, batch)
     if depends_on_landscape(config):
         keys, values = jax.vmap(encode)(jnp.arange(config.num_landscapes))
     else:
         keys, values = encode(None)
-    rows, positions, segments = _layout(batch)
+    rows, positions, segments = _layout(config, batch)
     anchor = x if config.candidate_input == "anchored" else None
     ahead = positions + step_tokens(config) + 1
     return Context(keys, values, rows, ahead, segments, anchor)
@@ -126,7 +126,7 @@ def encode_embedded(
       batch: for its segments and positions.
       landscape: int32 scalar; None where the context does not depend on it.
     """
-    _, positions, segments = _layout(batch)
+    _, positions, segments = _layout(config, batch)
     step = None
     if landscape is not None:
         step = params["step_embed"]["embedding"][landscape]
@@ -140,12 +140,12 @@ def energy(
     candidate: jax.Array,
     landscape: jax.Array,
 ) -> jax.Array:
-    """Energies `[batch, seq]` of candidates `[batch, seq, vocab]` on the simplex."""
-    table = candidate_table(config, params)
-    dtype = jax.tree.leaves(context.keys)[0].dtype
-    x = jnp.einsum("bsv,vd->bsd", candidate.astype(dtype), table.astype(dtype))
+    """Energies `[batch, seq]` of candidates in energy space, `[batch, seq, ...]`."""
+    x = ends.embed_candidate(config, params, candidate)
     if context.anchor is not None:
         x = x + context.anchor
+    if context.noise is not None:
+        x = x + context.noise.astype(x.dtype)
     past = context.keys, context.values
     places = context.rows, context.positions, context.segments
 
@@ -192,16 +192,9 @@ def _one_of(
     return chosen(x)
 
 
-def candidate_table(config: ModelConfig, params: PyTree) -> jax.Array:
-    """The matrix `[vocab, dim]` that embeds candidates."""
-    if config.tied_embedding:
-        return params["embed"]["embedding"]
-    return params["candidate_embed"]["kernel"]
-
-
 def candidate_places(config: ModelConfig, batch: Batch, index: jax.Array) -> Any:
     """Rows, rotary positions and segments of candidates `[seq]` of every sequence."""
-    _, positions, segments = _layout(batch)
+    _, positions, segments = _layout(config, batch)
     return index, positions[..., index] + step_tokens(config) + 1, segments
 
 
@@ -229,9 +222,9 @@ def energy_of_embedded(
         condition = params["step_embed"]["embedding"][landscape]
     visible = visible_keys(config, rows, segments)
     x, _ = run_blocks(config, params, x, positions, visible, condition, past)
-    x = _apply(_final_norm(config), params, "final_norm", x)
+    x = apply(_final_norm(config), params, "final_norm", x)
     if condition is not None:
-        parts = _apply(
+        parts = apply(
             modulation(config, 2), params, "final_modulation", jax.nn.silu(condition)
         )
         shift, scale = jnp.split(parts.reshape(1, 1, -1), 2, axis=-1)
@@ -240,12 +233,12 @@ def energy_of_embedded(
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) @ head[:, 0]
 
 
-def logits(config: ModelConfig, params: PyTree, batch: Batch) -> jax.Array:
-    """Transformer++: next-token logits `[batch, seq, vocab]`, float32."""
-    x = embed(config, params, batch["tokens"])
-    _, positions, segments = _layout(batch)
+def predict(config: ModelConfig, params: PyTree, batch: Batch) -> jax.Array:
+    """Transformer++: what follows each place, see `ends.output`."""
+    x = ends.embed(config, params, ends.sequences(config, batch))
+    _, positions, segments = _layout(config, batch)
     x, _ = context_stream(config, params, x, positions, segments, None)
-    return output_logits(config, params, x)
+    return predict_from_hidden(config, params, x)
 
 
 def with_blocks_apart(config: ModelConfig, params: PyTree) -> PyTree:
@@ -337,7 +330,7 @@ def run_blocks(
         return block.apply({"params": weights}, x, turns, visible, condition, past)
 
     scanned = config.layers > config.unroll
-    layer = _remat(config, layer, scanned)
+    layer = rematerialized(config, layer, scanned)
     if isinstance(params["blocks"], list):  # see `with_blocks_apart`
         pasts = [None] * config.layers if past is None else zip(*past, strict=True)
         keys, values = [], []
@@ -377,46 +370,21 @@ def depends_on_landscape(config: ModelConfig) -> bool:
     return config.kind == "ebt" and config.conditioning != "default"
 
 
-def output_logits(config: ModelConfig, params: PyTree, x: jax.Array) -> jax.Array:
-    """Logits `[batch, seq, vocab]`, float32, of hidden states `[batch, seq, dim]`."""
-    x = _apply(_final_norm(config), params, "final_norm", x)
-    x = _apply(dense(config, config.vocab_size), params, "output", x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def predict_from_hidden(config: ModelConfig, params: PyTree, x: jax.Array) -> jax.Array:
+    """Transformer++: predictions of hidden states `[batch, seq, dim]`."""
+    x = apply(_final_norm(config), params, "final_norm", x)
+    return ends.output(config, params, x)
 
 
-def _layout(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _layout(
+    config: ModelConfig, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Rows, rotary positions and segments; the latter two of packed sequences."""
-    rows = jnp.arange(batch["tokens"].shape[1])
+    rows = jnp.arange(ends.sequences(config, batch).shape[1])
     if "segments" not in batch:
         return rows, rows, None
     return rows, batch["positions"], batch["segments"]
 
 
-def _remat(config: ModelConfig, layer: Callable, scanned: bool) -> Callable:
-    """Recomputes a block in the backward pass, as much of it as the config says."""
-    if config.remat == "none":
-        return layer
-    policies = jax.checkpoint_policies
-    keep = {
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "full": policies.nothing_saveable,
-    }[config.remat]
-    # Within a loop there is nothing for XLA to merge the recomputation with.
-    return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
-
-
-def embed(config: ModelConfig, params: PyTree, tokens: jax.Array) -> jax.Array:
-    """Embeddings `[batch, seq, dim]` of tokens `[batch, seq]`."""
-    return _apply(embedding(config, config.vocab_size), params, "embed", tokens)
-
-
 def _final_norm(config: ModelConfig) -> Norm:
     return Norm(config.norm, config.dyt_alpha)
-
-
-def _init(module: nn.Module, key: jax.Array, *inputs: Any, **options: Any) -> PyTree:
-    return module.init(key, *inputs, **options).get("params", {})
-
-
-def _apply(module: nn.Module, params: PyTree, name: str, *inputs: Any) -> Any:
-    return module.apply({"params": params[name]}, *inputs)

@@ -7,20 +7,13 @@ p = softmax(z), and a prediction is scored by the cross-entropy of log_softmax(z
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from ebt_jax.interfaces import (
-    Batch,
-    Caching,
-    Categorical,
-    EnergyModel,
-    FeedForward,
-    Rewinding,
-)
-from ebt_jax.models import cache, causal
+from ebt_jax.interfaces import Batch, Categorical, EnergyModel, FeedForward
+from ebt_jax.models import causal, ends
+from ebt_jax.models.cache import caching
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.randomness import normal
 from ebt_jax.refine import PyTree
@@ -45,9 +38,7 @@ def energy_model(config: ModelConfig) -> EnergyModel:
         loss=cross_entropy,
         target=target,
         categorical=_categorical(config),
-        caching=_caching(
-            config, lambda params, encoded: cache.next_context(config, encoded)
-        ),
+        caching=caching(config),
     )
 
 
@@ -77,7 +68,7 @@ def _categorical(config: ModelConfig) -> Categorical:
 
     return Categorical(
         tables=("embed",) if config.tied_embedding else ("embed", "candidate_embed"),
-        table=functools.partial(causal.candidate_table, config),
+        table=functools.partial(ends.candidate_table, config),
         prepare=functools.partial(causal.with_blocks_apart, config),
         token_table=lambda params: params["embed"]["embedding"],
         dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
@@ -91,28 +82,9 @@ def transformer_pp(config: ModelConfig) -> FeedForward:
     """Transformer++: the context stream alone, and an output matrix."""
     return FeedForward(
         init=functools.partial(causal.init, config),
-        predict=functools.partial(causal.logits, config),
+        predict=functools.partial(causal.predict, config),
         loss=cross_entropy,
-        caching=_caching(config, functools.partial(cache.next_logits, config)),
-    )
-
-
-def _caching(config: ModelConfig, following: Callable[..., PyTree]) -> Caching:
-    def following_at(params: PyTree, encoded: PyTree, marks: PyTree) -> PyTree:
-        return cache.context_at(config, encoded, marks)
-
-    return Caching(
-        prepare=functools.partial(causal.with_blocks_apart, config),
-        prefill=functools.partial(cache.prefill, config),
-        append=functools.partial(cache.append, config),
-        following=following,
-        length=lambda encoded: encoded.lengths,
-        rewinding=Rewinding(
-            mark=cache.mark,
-            restore=cache.restore,
-            lengths=lambda marks: marks.lengths,
-            following=None if config.kind == "transformer_pp" else following_at,
-        ),
+        caching=caching(config),
     )
 
 

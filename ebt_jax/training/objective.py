@@ -28,11 +28,17 @@ def build_objective(config: Config) -> Objective:
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a training batch: arrays `[batch, seq]`, and `index` `[batch]`."""
+    """Shapes of a training batch: arrays `[batch, seq, ...]`, and `index` `[batch]`."""
     rows, length = config.train.batch_size, config.data.context
+    index = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    if config.model.space == "video":
+        size = (rows, length, config.model.frame_size)
+        frames = jax.ShapeDtypeStruct(size, jnp.float32)
+        weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+        return {"frames": frames, "targets": frames, "weights": weights, "index": index}
     dtypes: dict[str, Any] = {"tokens": jnp.int32, "targets": jnp.int32}
     if config.data.packing == "first_fit":
         dtypes |= {"segments": jnp.int32, "positions": jnp.int32}
     dtypes |= {"weights": jnp.float32}
     shapes = {n: jax.ShapeDtypeStruct((rows, length), d) for n, d in dtypes.items()}
-    return {**shapes, "index": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+    return {**shapes, "index": index}

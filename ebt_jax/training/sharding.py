@@ -40,6 +40,11 @@ PARAMETERS = (
     ("embed/embedding", P("model", "fsdp")),  # [vocab, dim]
     ("candidate_embed/kernel", P("model", "fsdp")),  # [vocab, dim]
     ("output/kernel", P("fsdp", "model")),  # [dim, vocab]
+    ("frame_embed/kernel", P("model", "fsdp")),  # [frame, dim]
+    ("frame_embed/bias", P()),
+    ("readout/kernel", P("fsdp", None)),  # [dim, dim]
+    ("frame_output/kernel", P("fsdp", "model")),  # [dim, frame]
+    ("frame_output/bias", P()),
     ("blocks/qkv/kernel", P(None, "fsdp", None, "model")),  # [layers, dim, 3, dim]
     ("blocks/out/kernel", P(None, "model", "fsdp")),  # [layers, dim, dim]
     ("blocks/gate_up/kernel", P(None, "fsdp", None, "model")),  # [.., dim, 2, hidden]
