@@ -14,6 +14,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+
+from ebt_jax.errors import UserError
 
 PEAK = 2.0  # of values in [-1, 1]
 WINDOW, WIDTH = 11, 1.5  # SSIM: pixels of the window's side, and its Gaussian's sigma
@@ -53,6 +56,37 @@ def set_quality(means: Mapping[str, float]) -> dict[str, float]:
         "ssim": float(means["ssim"]),
         "l1": float(means["l1"]),
     }
+
+
+def add_quality(
+    sums: Mapping[str, float],
+    predicted: ArrayLike,
+    target: ArrayLike,
+    weights: ArrayLike,
+) -> dict[str, float]:
+    """Adds a batch to the sums that `mean_quality` divides; {} to begin with.
+
+    Args:
+      sums: so far.
+      predicted: `[batch, height, width, channels]`.
+      target: of the same shape.
+      weights: `[batch]`, 0 for a picture that does not count, whatever it holds.
+    """
+    found = _sums(*map(jnp.asarray, (predicted, target, weights)))
+    # float64 on the host, so that nothing is lost over many batches.
+    added = {name: float(value) for name, value in found.items()}
+    return {name: sums[name] + x if sums else x for name, x in added.items()}
+
+
+def mean_quality(sums: Mapping[str, float]) -> dict[str, float]:
+    """`set_quality` of all pictures that were added.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if not sums or not sums["weights"]:
+        raise UserError("there is no picture to score; give the data more of them")
+    return set_quality({name: sums[name] / sums["weights"] for name in sums})
 
 
 def psnr(mse: float, peak: float = PEAK) -> float:
@@ -110,3 +144,14 @@ def _windows(side: int) -> np.ndarray:
     for place in range(places):
         rows[place, place : place + size] = weights
     return rows
+
+
+@jax.jit
+def _sums(
+    predicted: jax.Array, target: jax.Array, weights: jax.Array
+) -> dict[str, jax.Array]:
+    each = quality(predicted, target)
+    total = lambda values: jnp.where(weights > 0, values * weights, 0.0).sum()
+    return {name: total(values) for name, values in each.items()} | {
+        "weights": weights.sum()
+    }
