@@ -37,13 +37,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from ebt_jax.meta_gradient import EnergyFn, PyTree, accumulator, energy_and_gradient
+from ebt_jax.converging import Converged, refine_until
+from ebt_jax.meta_gradient import EnergyFn, PyTree, energy_and_gradient
 from ebt_jax.randomness import fold_in, normal_like, typed, uniform
-from ebt_jax.refine_config import RefineConfig, Schedule, make_schedule, require
+from ebt_jax.refine_config import RefineConfig, Schedule, make_schedule
 from ebt_jax.refine_step import (
+    Perturbing,
     check_energy,
     energy_space,
     float_dtype,
+    perturbed,
     update,
     where,
 )
@@ -97,35 +100,6 @@ class Refined(NamedTuple):
 
     candidate: PyTree
     trajectory: PyTree
-
-
-class Converged(NamedTuple):
-    """What `refine_until` returns.
-
-    Attributes:
-      candidate: the stored candidate of each prediction when it stopped.
-      energy: `[*batch]`, the last energy each prediction was evaluated at.
-      num_steps: int32 `[*batch]`, updates each prediction took.
-      converged: bool `[*batch]`, False where `max_steps` ended it.
-    """
-
-    candidate: PyTree
-    energy: jax.Array
-    num_steps: jax.Array
-    converged: jax.Array
-
-
-class Perturbing(NamedTuple):
-    """How noise enters an energy, where it is not added to the stored candidate.
-
-    Attributes:
-      like: `(candidate) ->` a tree with the noise's shapes, leaves `[*batch, ...]`.
-      into: `(context, noise) ->` the context of a step, which holds its noise, already
-        times its standard deviation. Without it a context holds none.
-    """
-
-    like: Callable[[PyTree], PyTree]
-    into: Callable[[PyTree, PyTree], PyTree]
 
 
 def energy_and_norm(step: Step) -> dict[str, jax.Array]:
@@ -269,113 +243,3 @@ def refine(
     if not all_taken:
         trajectory = jax.tree.map(lambda t: jnp.roll(t, -skipped, axis=0), trajectory)
     return Refined(carry[0], trajectory)
-
-
-def perturbed(
-    perturbing: Perturbing | None,
-    candidate: PyTree,
-    context: PyTree,
-    scale: ArrayLike,
-    normals: PyTree,
-) -> tuple[PyTree, PyTree]:
-    """Candidate and context of a step, with its noise in one of them."""
-    if perturbing is None:
-        return jax.tree.map(lambda z, n: z + scale * n, candidate, normals), context
-    return candidate, perturbing.into(
-        context, jax.tree.map(lambda n: scale * n, normals)
-    )
-
-
-def refine_until(
-    energy_fn: EnergyFn,
-    params: PyTree,
-    context: PyTree,
-    candidate: PyTree,
-    *,
-    step_size: ArrayLike,
-    config: RefineConfig,
-    max_steps: int,
-    tolerance: float = 0.0,
-    key: jax.Array | None = None,
-    normalize: Callable[[PyTree], PyTree] | None = None,
-    transform: optax.GradientTransformation | None = None,
-    noise_std: ArrayLike | None = None,
-    perturbing: Perturbing | None = None,
-) -> Converged:
-    """Refines each prediction until its energy stops falling. Forward only.
-
-    A prediction stops when E(c_i) >= E(c_{i-1}) - tolerance, or is not finite, and
-    keeps the stored candidate z_i that gave c_i. Energies of different landscapes are
-    not comparable, so the test starts with the second step in the last landscape.
-
-    Args:
-      energy_fn: see `EnergyFn`.
-      params: passed to `energy_fn`.
-      context: passed to `energy_fn`.
-      candidate: the initial candidate, leaves `[*batch, ...]`.
-      step_size: positive scalar, or an array broadcastable to the energies.
-      config: clamps, noise and landscapes; `num_steps`, `min_steps`, `backprop` and
-        `step_size_jitter` have no part in it.
-      max_steps: the most updates of a prediction.
-      tolerance: by how much an energy has to fall, in units of the energy.
-      key: PRNG key, scalar or `[*batch]`, where there is noise: that of `refine`.
-      normalize: as in `refine`.
-      transform: as in `refine`.
-      noise_std: as in `refine`.
-      perturbing: as in `refine`.
-
-    Returns:
-      See `Converged`.
-
-    Raises:
-      ValueError, TypeError: as `refine` does, and for `max_steps` < 1 or
-        `tolerance` < 0.
-    """
-    require(max_steps >= 1, "max_steps", max_steps, "at least 1")
-    require(tolerance >= 0, "tolerance", tolerance, "zero or positive")
-    batch = check_energy(energy_fn, params, context, candidate)
-    noisy = noise_std is not None or config.noise_std > 0
-    if noisy and key is None:
-        raise ValueError("refine_until has to draw noise but got key=None; pass a key")
-    key = None if key is None else fold_in(typed(key), 2)  # draws what `refine` does
-    scale = config.noise_std if noise_std is None else noise_std
-    candidate = jax.tree.map(jnp.asarray, candidate)
-    base = jnp.asarray(step_size, float_dtype(candidate))
-    gradient_fn = energy_and_gradient(energy_fn, "autodiff")
-    last = config.num_landscapes - 1
-
-    def unfinished(carry):
-        index, _, _, _, _, running = carry
-        return (index < max_steps) & running.any()
-
-    def step(carry):
-        index, stored, state, previous, count, running = carry
-        landscape = jnp.minimum(index, last)
-        start, around = stored, context
-        if key is not None and noisy:
-            like = start if perturbing is None else perturbing.like(start)
-            normals = normal_like(fold_in(key, index), like, len(batch))
-            start, around = perturbed(perturbing, start, context, scale, normals)
-        before = energy_space(normalize, config.normalize_steps, start, landscape)
-        energy, gradient = gradient_fn(params, around, before, landscape, None)
-        falling = (energy < previous - tolerance) & jnp.isfinite(energy)
-        running &= falling | ((index <= last) & jnp.isfinite(energy))
-        after, new_state = update(
-            before, gradient, base, base, config, transform, state, batch
-        )
-        stored = where(running, after, stored)
-        state = where(running.any(), new_state, state)
-        previous = jnp.where(running, energy, previous)
-        return index + 1, stored, state, previous, count + running, running
-
-    shape = jax.eval_shape(energy_fn, params, context, candidate, jnp.int32(0))
-    carry = (
-        jnp.int32(0),
-        candidate,
-        None if transform is None else transform.init(candidate),
-        jnp.full(batch, jnp.inf, accumulator(shape.dtype)),
-        jnp.zeros(batch, jnp.int32),
-        jnp.ones(batch, bool),
-    )
-    _, stored, _, energy, count, running = jax.lax.while_loop(unfinished, step, carry)
-    return Converged(stored, energy, count, ~running)

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from ebt_jax.meta_gradient import EnergyFn, PyTree
 from ebt_jax.refine_config import RefineConfig
+
+
+class Perturbing(NamedTuple):
+    """How noise enters an energy, where it is not added to the stored candidate.
+
+    Attributes:
+      like: `(candidate) ->` a tree with the noise's shapes, leaves `[*batch, ...]`.
+      into: `(context, noise) ->` the context of a step, which holds its noise, already
+        times its standard deviation. Without it a context holds none.
+    """
+
+    like: Callable[[PyTree], PyTree]
+    into: Callable[[PyTree, PyTree], PyTree]
+
+
+def perturbed(
+    perturbing: Perturbing | None,
+    candidate: PyTree,
+    context: PyTree,
+    scale: ArrayLike,
+    normals: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """Candidate and context of a step, with its noise in one of them."""
+    if perturbing is None:
+        return jax.tree.map(lambda z, n: z + scale * n, candidate, normals), context
+    return candidate, perturbing.into(
+        context, jax.tree.map(lambda n: scale * n, normals)
+    )
 
 
 def update(

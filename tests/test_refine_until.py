@@ -1,5 +1,7 @@
 """`refine_until`: every prediction stops on its own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,81 @@ def test_noise_belongs_to_the_prediction():
     np.testing.assert_allclose(
         solve(rows).candidate, solve(jnp.arange(5)).candidate[rows], rtol=1e-5
     )
+
+
+# Rows that leave the work -------------------------------------------------------------
+
+SCALES = (0.05, 1.9, 0.5, 1.0, 0.03, 1.2, 0.7, 1.0, 1.6, 0.9, 0.2)
+NOISY = {
+    "config": RefineConfig(noise_std=1e-3),
+    "key": jax.random.split(jax.random.key(3), len(SCALES)),
+}
+
+
+def computing(energy_fn):
+    """The energy, and a list of how many rows each evaluation was of."""
+    rows = []
+
+    def energy(params, context, candidate, landscape):
+        jax.debug.callback(functools.partial(rows.append, len(candidate)))
+        return energy_fn(params, context, candidate, landscape)
+
+    return energy, rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_steps": 25},
+        {"transform": optax.scale_by_adam(eps=1.0)},
+        {"step_size": jnp.linspace(0.5, 1.1, len(SCALES))},
+        {"config": RefineConfig(num_landscapes=4, num_steps=4)},
+        NOISY,
+    ],
+    ids=["plain", "few_steps", "adam", "step_sizes", "landscapes", "noise"],
+)
+def test_rows_that_leave_change_no_result_and_cost_nothing(options):
+    energy, *problem = bowls(SCALES)
+    options = {
+        **{"step_size": 1.0, "config": CONFIG, "max_steps": 300, "tolerance": 1e-4},
+        **options,
+    }
+    plain, together = computing(energy)
+    expected = refine_until(plain, *problem, **options)
+    narrowed, apart = computing(energy)
+    take = lambda scales, index: scales[index]
+    result = refine_until(narrowed, *problem, rows=take, **options)
+    jax.effects_barrier()
+    assert len(set(expected.num_steps.tolist())) > 3
+    for ours, theirs in zip(result, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert set(together) == {len(SCALES)}
+    assert sum(apart) < sum(together)
+    assert {11, 5, 1} >= set(apart) > {11}
+
+
+def test_rows_of_several_predictions_leave_when_all_have_stopped():
+    scales = jnp.asarray(SCALES[:8]).reshape(4, 2)
+    energy = lambda params, scales, candidate, landscape: (
+        0.5 * scales * (candidate**2).sum(-1)
+    )
+    options = {"step_size": 1.0, "config": CONFIG, "max_steps": 300, "tolerance": 1e-4}
+    start = jnp.ones((4, 2, 3))
+    expected = refine_until(energy, None, scales, start, **options)
+    narrowed, rows = computing(energy)
+    take = lambda scales, index: scales[index]
+    result = refine_until(narrowed, None, scales, start, rows=take, **options)
+    jax.effects_barrier()
+    for ours, theirs in zip(result, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert set(rows) == {4, 2}
+
+
+def test_rows_need_a_key_for_each_prediction():
+    options = {"step_size": 1.0, "max_steps": 5, **NOISY, "key": jax.random.key(0)}
+    with pytest.raises(ValueError, match=r"a key of shape \(\); pass one key for each"):
+        refine_until(*bowls(SCALES), rows=lambda scales, i: scales[i], **options)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import pytest
 from decoding import recomputing
 from tiny import QUICK, VOCAB, tiny
 
+from ebt_jax import models
 from ebt_jax.evaluation.decoding import NONE, PIECE, encode, extend
 from ebt_jax.evaluation.generation import generate_ids
 from ebt_jax.evaluation.sampling import Sampling
-from ebt_jax.objective_config import RefineSetup
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.objectives import refined
 from ebt_jax.thinking import AS_TRAINED, Thinking
 from ebt_jax.training.config import Config
 from ebt_jax.training.objective import build_objective
@@ -28,15 +30,18 @@ MODELS = {
 }
 
 
+# Steps are small: large ones magnify what rounding does to their first gradient.
+REFINE = RefineSetup(num_landscapes=2, noise_std=0.3, step_size=0.1)
+CONFIGS = {
+    name: Config(model=tiny(dim=16, **changed), refine=REFINE)
+    for name, changed in MODELS.items()
+}
+
+
 @functools.cache
 def trained(name):
-    """An objective, and parameters all of which matter.
-
-    Steps are small: large ones magnify what rounding does to their first gradient.
-    """
-    model = tiny(dim=16, **MODELS[name])
-    refine = RefineSetup(num_landscapes=2, noise_std=0.3, step_size=0.1)
-    objective = build_objective(Config(model=model, refine=refine))
+    """An objective, and parameters all of which matter."""
+    objective = build_objective(CONFIGS[name])
     init = jax.jit(objective.init, compiler_options=QUICK)
     params = init(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
@@ -117,6 +122,34 @@ def test_a_prediction_stops_when_its_energy_does_not_fall():
     for i, other in zip(order, again, strict=True):
         np.testing.assert_array_equal(other.tokens, made[i].tokens)
         np.testing.assert_array_equal(other.num_steps, made[i].num_steps)
+
+
+def test_sequences_that_have_stopped_leave_the_work():
+    """Steps and logits are those of all sequences going on together."""
+    name = "anchored"
+    objective, params = trained(name)
+    decoder = objective.decoder
+    prompts = jax.random.randint(jax.random.key(1), (4, 5), 0, VOCAB)
+    lengths, rows = jnp.array([3, 1, 5, 2]), jnp.arange(4)
+    prepared = decoder.prepare(params)
+    prefill = jax.jit(decoder.prefill, compiler_options=QUICK)
+    cache = prefill(prepared, prompts, lengths)
+    model = models.build(CONFIGS[name].model)
+    together = refined(
+        model._replace(caching=model.caching._replace(rows=None)),
+        CONFIGS[name].refine,
+        ObjectiveConfig(),
+    ).decoder
+
+    def solve(decoder):
+        predict = jax.jit(decoder.predict, static_argnums=4, compiler_options=QUICK)
+        how = Thinking(30, tolerance=0.02)
+        return predict(prepared, cache, rows, jax.random.key(5), how)
+
+    ours, expected = solve(decoder), solve(together)
+    close(ours.candidate, expected.candidate)
+    np.testing.assert_array_equal(ours.num_steps, expected.num_steps)
+    assert len(set(ours.num_steps.tolist())) > 1
 
 
 # The loop itself ----------------------------------------------------------------------
