@@ -27,6 +27,8 @@ from ebt_jax.thinking import AS_TRAINED, Thinking
 
 COVERAGES = (0.1, 0.2, 0.5, 0.8, 1.0)  # fractions of the predictions that are answered
 _BINS = 15  # of the calibration error
+_TENTHS = 10  # groups of predictions with about the same doubt
+_POINTS = 20  # of a risk-coverage curve
 
 
 class Doubts(NamedTuple):
@@ -107,6 +109,32 @@ def judge(doubts: Doubts) -> dict[str, float]:
         np.clip(1 - doubts.measures["max_probability"], 0, 1), 1 - doubts.wrong
     )
     return results
+
+
+def doubt_curves(doubts: Doubts) -> dict[str, dict[str, list[float]]]:
+    """What a picture of measures of doubt needs.
+
+    Returns:
+      For each measure: `coverage` and `risk`, points of the risk-coverage curve; and of
+      tenths of the predictions, by doubt, from the least on, `doubt` (its median),
+      `nll` (mean) and `wrong` (share). Where there are fewer predictions than that,
+      each is a group of its own.
+    """
+    count = len(doubts.nll)
+    coverage = np.arange(1, _POINTS + 1) / _POINTS
+    curves = {}
+    for name, values in doubts.measures.items():
+        order = np.argsort(values, kind="stable")
+        groups = np.array_split(order, min(_TENTHS, count))
+        places = np.maximum(np.round(coverage * count).astype(int), 1) - 1
+        curves[name] = {
+            "coverage": coverage.tolist(),
+            "risk": risk_coverage(values, doubts.wrong)[places].tolist(),
+            "doubt": [float(np.median(values[group])) for group in groups],
+            "nll": [float(doubts.nll[group].mean()) for group in groups],
+            "wrong": [float(doubts.wrong[group].mean()) for group in groups],
+        }
+    return curves
 
 
 def auroc(doubt: np.ndarray, wrong: np.ndarray) -> float:
