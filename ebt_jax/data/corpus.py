@@ -135,12 +135,23 @@ def cut_at(length: int, fraction: float) -> int:
     return int((1 - fraction) * length)
 
 
-def progress_bar(what: str, total: int | None, shown: bool) -> tqdm:
-    """A bar of bytes with the remaining time, on stderr, once a second has passed."""
+def progress_bar(
+    what: str, total: int | None, shown: bool, *, unit: str = "B", done: int = 0
+) -> tqdm:
+    """A bar with the remaining time, on stderr, once a second has passed.
+
+    Args:
+      what: is being done.
+      total: number of units there are; None where that is not known.
+      shown: else nothing is.
+      unit: such as "B" for bytes.
+      done: units that were done before.
+    """
     return tqdm(
         desc=what,
         total=total,
-        unit="B",
+        initial=done,
+        unit=unit,
         unit_scale=True,
         file=sys.stderr,
         delay=1.0,

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, Protocol, cast
 
 import grain
 import numpy as np
@@ -38,6 +38,14 @@ Batch = dict[str, np.ndarray]
 _SILENT = ("weights", "segments", "bytes")  # 0 where a prediction does not count
 
 
+class Examples(Protocol):
+    """Examples in an order, with random access; also a `grain.MapDataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """The rows of one process, from an example on, as Grain wants a source of data.
@@ -49,7 +57,7 @@ class Rows:
       rows: which rows of each batch.
     """
 
-    examples: grain.MapDataset
+    examples: Examples
     start: int
     batch_size: int
     rows: Sequence[int]
@@ -75,7 +83,7 @@ class TrainBatches(Iterator[Batch]):
 
     def __init__(
         self,
-        examples: grain.MapDataset,
+        examples: Examples,
         *,
         batch_size: int,
         rows: Sequence[int],
@@ -166,11 +174,7 @@ def train_batches(
             f"{config.context + 1} tokens, but the training text has only {total}; "
             "lower data.context or give more text"
         )
-    if not config.repeat and len(sequences) < batch_size:
-        raise UserError(
-            f"train.batch_size is {batch_size}, but data.path has no more than "
-            f"{len(sequences)} sequences and data.repeat is off; lower it or repeat"
-        )
+    check_batch(config, batch_size, len(sequences), "sequences")
     examples = grain.MapDataset.source(sequences)
     if config.shuffle:
         examples = examples.shuffle(seed=seed % 2**32)
@@ -199,7 +203,7 @@ class HeldOutBatches:
       process_count: how many share each batch.
     """
 
-    sequences: packing.Sequences
+    sequences: Examples
     count: int
     batch_size: int
     process_index: int
@@ -249,7 +253,7 @@ def held_out_batches(
     Raises:
       UserError: for whatever cannot be read, and if there is nothing to predict.
     """
-    _local_size(batch_size, process_count)
+    local_size(batch_size, process_count)
     token_bytes = tokenizer.token_bytes()
     found = _sequences(config, tokenizer, split, process_index == 0, token_bytes)
     count = min(sequences, len(found)) if sequences else len(found)
@@ -282,7 +286,31 @@ def _sequences(
     )
 
 
-def _local_size(batch_size: int, process_count: int) -> int:
+def check_batch(config: DataConfig, batch_size: int, count: int, what: str) -> None:
+    """Refuses batches that one epoch cannot fill.
+
+    Args:
+      config: `repeat`.
+      batch_size: examples per batch.
+      count: examples there are.
+      what: they are, for the message.
+
+    Raises:
+      UserError: if they are too few.
+    """
+    if not config.repeat and count < batch_size:
+        raise UserError(
+            f"train.batch_size is {batch_size}, but data.path has no more than "
+            f"{count} {what} and data.repeat is off; lower it or repeat"
+        )
+
+
+def local_size(batch_size: int, process_count: int) -> int:
+    """Rows of a batch that each process has.
+
+    Raises:
+      UserError: if processes do not divide it.
+    """
     if batch_size % process_count:
         raise UserError(
             f"the batch size is {batch_size}, which {process_count} processes do not "

@@ -133,8 +133,13 @@ def size(config: DataConfig) -> int | None:
     return None
 
 
-def optional_package(name: str, purpose: str) -> ModuleType:
-    """Imports a package of the extra `text`.
+def optional_package(name: str, purpose: str, extra: str = "text") -> ModuleType:
+    """Imports a package, or a module of it, of one of our extras.
+
+    Args:
+      name: of the module.
+      purpose: what needs it, for the message.
+      extra: the one that installs it.
 
     Raises:
       UserError: if it is not installed.
@@ -144,7 +149,7 @@ def optional_package(name: str, purpose: str) -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"{purpose} needs the package {name.partition('.')[0]!r}, which is not "
-            "installed; run pip install 'ebt-jax[text]'"
+            f"installed; run pip install 'ebt-jax[{extra}]'"
         ) from error
 
 

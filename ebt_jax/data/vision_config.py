@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from ebt_jax.errors import UserError
 
@@ -17,12 +18,14 @@ class VisionConfig:
     encoder: str = "none"  # none: pixels | pca | vae | dinov2: what a model sees
     encoder_path: str = ""  # weights of vae or dinov2, .safetensors, .npz or .pt
     encoder_size: str = "base"  # dinov2: small | base | large
+    encoder_scale: float = 1.0  # vae: its latents are multiplied by it, as by 0.18215
     encoder_features: int = 64  # pca: numbers in a frame, or in a patch of an image
     encoder_patch: int = 8  # pca: pixels of a patch's side
     caption_encoder: str = "hashed"  # hashed: words | clip: CLIP's text encoder
     caption_path: str = ""  # clip: its weights; its vocabulary lies beside them
     caption_features: int = 256  # hashed: numbers in an encoded caption
-    frame_seconds: float = 0.25  # video: time between frames
+    frame_seconds: float = 0.25  # video: time between frames of an example
+    frame_rate: float = 30.0  # video: frames per second where they lie as pictures
     max_corrupt: float = 0.01  # share of files that may be corrupt or too short
 
     def __post_init__(self) -> None:
@@ -49,10 +52,11 @@ class VisionConfig:
                 raise UserError(
                     f"vision.{name} is {getattr(self, name)}, but has to be at least 1"
                 )
-        if not self.frame_seconds > 0:
-            raise UserError(
-                f"vision.frame_seconds is {self.frame_seconds}, but has to be positive"
-            )
+        for name in ("frame_seconds", "frame_rate", "encoder_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(
+                    f"vision.{name} is {getattr(self, name)}, but has to be positive"
+                )
         if not 0 <= self.max_corrupt < 1:
             raise UserError(
                 f"vision.max_corrupt is {self.max_corrupt}, but has to be a fraction "

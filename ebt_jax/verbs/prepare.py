@@ -5,11 +5,12 @@ from __future__ import annotations
 from absl import flags
 
 from ebt_jax.command import Flag, Verb
-from ebt_jax.verbs.common import TEXT_KEY, changed, required
+from ebt_jax.errors import UserError
+from ebt_jax.verbs.common import COUNT, POSITIVE, TEXT_KEY, changed, required
 
 
 def run(values: flags.FlagValues) -> None:
-    """Tokenizes a corpus into shards."""
+    """Tokenizes a corpus into shards, or encodes pictures or videos."""
     output = required(values, "output", "a folder that does not exist yet")
     if values.config is None:
         required(values, "path", "files or a glob, or --config with an experiment file")
@@ -24,12 +25,33 @@ def run(values: flags.FlagValues) -> None:
         tokenizer=values.tokenizer,
         text_key=values.text_key,
     )
-    prepare(data, output)
+    if config.model.space == "text":
+        if values.process_count > 1:
+            raise UserError(
+                f"--process_count is {values.process_count}, but text is prepared by "
+                "one process; leave it out"
+            )
+        prepare(data, output)
+        return
+    from ebt_jax.data.prepare_vision import prepare_vision
+
+    whole = prepare_vision(
+        data,
+        config.vision,
+        config.model.space,
+        output,
+        process_index=values.process_index,
+        process_count=values.process_count,
+    )
+    print(f"{output} is complete" if whole else f"{output} lacks others' parts yet")
 
 
 VERB = Verb(
-    summary="tokenize a corpus once, into shards that data.path can name",
-    details="The output folder appears when it is complete.",
+    summary="tokenize or encode data once, into a folder that data.path can name",
+    details="Text is tokenized; its folder appears when it is complete. Pictures and "
+    "videos, if --config has such a model.space, are encoded as its section vision "
+    "says: the same command goes on where one was stopped, and several processes, "
+    "each with its --process_index, share the work.",
     example="ebt prepare --path='books/*.txt' --tokenizer=tokenizer.json "
     "--output=shards",
     call=run,
@@ -38,6 +60,8 @@ VERB = Verb(
         Flag("path", "corpus, as in data.path; else the config's"),
         Flag("tokenizer", "bytes, or a tokenizer.json; else the config's"),
         TEXT_KEY,
+        Flag("process_index", "of pictures and videos: which process", 0, COUNT),
+        Flag("process_count", "processes that share the work", 1, POSITIVE),
     ),
     config="optional",
 )
