@@ -38,7 +38,7 @@ def open_vision_task(config: Config) -> Task:
             rows=rows,
         )
 
-    held_out = open_split(config, "held_out")
+    held_out = open_split(config, "held_out", opened)
 
     def held_out_batches() -> Iterable[NumpyBatch]:
         return vision_pipeline.held_out_batches(
@@ -51,13 +51,16 @@ def open_vision_task(config: Config) -> Task:
     return Task(config, train_batches, held_out_batches, show)
 
 
-def open_split(config: Config, split: str) -> VisionData:
+def open_split(
+    config: Config, split: str, like: VisionData | None = None
+) -> VisionData:
     """Pictures or clips of a config, see `vision_pipeline.open_data`."""
     return vision_pipeline.open_data(
         config.data,
         config.vision,
         config.model.space,
         split,
+        like=like,
         progress=jax.process_index() == 0,
     )
 

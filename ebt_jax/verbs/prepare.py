@@ -48,10 +48,10 @@ def run(values: flags.FlagValues) -> None:
 
 VERB = Verb(
     summary="tokenize or encode data once, into a folder that data.path can name",
-    details="Text is tokenized; its folder appears when it is complete. Pictures and "
-    "videos, if --config has such a model.space, are encoded as its section vision "
-    "says: the same command goes on where one was stopped, and several processes, "
-    "each with its --process_index, share the work.",
+    details="Text is tokenized; its folder appears when it is complete.\n"
+    "Pictures and videos, if --config has such a model.space, are encoded as its\n"
+    "section vision says: the same command goes on where one was stopped, and several\n"
+    "processes, each with its --process_index, share the work.",
     example="ebt prepare --path='books/*.txt' --tokenizer=tokenizer.json "
     "--output=shards",
     call=run,
