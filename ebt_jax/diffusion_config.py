@@ -21,6 +21,7 @@ class DiffusionConfig:
     random_level: bool = False  # True: energy models train on any level up to it, too
     sampler: str = "ddim"  # DiT: ddim | ddpm
     sampling_steps: int = 0  # DiT: passes of one application; 0: one for each timestep
+    clip: bool = True  # DiT: what is predicted of an image stays in [-1, 1]: pixels
     repeats: int = 1  # DiT: applications, each to the result of the one before
     guidance: float = 1.0  # DiT: weight of the caption; 1: as trained, no guidance
     caption_dropout: float = 0.1  # DiT: share of captions left out in training

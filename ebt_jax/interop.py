@@ -15,13 +15,16 @@ from __future__ import annotations
 import importlib
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from ebt_jax.errors import UserError
+from ebt_jax.interop_entry import Entry
+from ebt_jax.interop_image import ENCODERS, fixed_arrays, image_entries
 from ebt_jax.models.config import ModelConfig
+from ebt_jax.models.ends import has_candidate_table
 from ebt_jax.published_flags import config_from_reference
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config
@@ -35,32 +38,12 @@ __all__ = [
 ]
 
 
-class Entry(NamedTuple):
-    """One published array and where it lives in our parameters.
-
-    Attributes:
-      name: the published name.
-      path: keys into the parameter dict.
-      layer: index into the stacked blocks, or None.
-      transpose: whether theirs is the transpose of ours.
-      part: index into the maps of a fused kernel `[dim, parts, features]`, or None.
-      heads: of a kernel whose columns rotary positions turn in pairs: their number.
-        Theirs pairs neighbours, ours pairs a head's first half with its second.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    layer: int | None = None
-    transpose: bool = False
-    part: int | None = None
-    heads: int | None = None
-
-
 def from_reference(state_dict: Mapping[str, Any], config: Config) -> PyTree:
     """Parameters from a published state dict.
 
     Args:
-      state_dict: published names to arrays. A common prefix `model.` is dropped.
+      state_dict: published names to arrays. A common prefix `model.` is dropped, as
+        are rotary frequencies and frozen encoders of images and captions.
       config: the model's config, e.g. from `config_from_reference`.
 
     Returns:
@@ -73,11 +56,17 @@ def from_reference(state_dict: Mapping[str, Any], config: Config) -> PyTree:
     state = {name: np.asarray(array) for name, array in state_dict.items()}
     if state and all(name.startswith("model.") for name in state):
         state = {name.removeprefix("model."): array for name, array in state.items()}
-    state = {k: v for k, v in state.items() if not k.endswith("freqs_cis")}
-    entries = list(_entries(config.model))
+    state = {
+        name: array
+        for name, array in state.items()
+        if not name.endswith("freqs_cis") and not name.startswith(ENCODERS)
+    }
+    entries = list(_entries(config))
     for entry in entries:
         if entry.name not in state:
             raise UserError(f"the checkpoint has no array {entry.name!r}")
+    if config.model.space == "image":
+        state = _without_fixed(state, config.model)
     unexpected = set(state) - {entry.name for entry in entries}
     if unexpected:
         raise UserError(
@@ -87,28 +76,25 @@ def from_reference(state_dict: Mapping[str, Any], config: Config) -> PyTree:
     shapes = jax.eval_shape(build_objective(config).init, jax.random.key(0))
     params = jax.tree.map(lambda s: np.empty(s.shape, np.float32), shapes)
     for entry in entries:
-        place = _at(params, entry)
-        array = state[entry.name].T if entry.transpose else state[entry.name]
-        array = _apart(array, entry.heads)
-        if array.shape != place.shape:
-            expected = place.shape[::-1] if entry.transpose else place.shape
+        place, array = entry.place(params), state[entry.name]
+        expected = entry.published_shape(place.shape)
+        if array.shape != expected:
             raise UserError(
-                f"the checkpoint's {entry.name!r} has shape "
-                f"{state[entry.name].shape}, but the model config needs {expected}"
+                f"the checkpoint's {entry.name!r} has shape {array.shape}, but the "
+                f"model config needs {expected}"
             )
-        place[...] = array
+        place[...] = entry.to_ours(array, place.shape)
     return params
 
 
 def to_reference(params: PyTree, config: Config) -> dict[str, np.ndarray]:
     """The inverse of `from_reference`: published names to float32 NumPy arrays."""
     state = {}
-    for entry in _entries(config.model):
-        array = np.asarray(_at(params, entry), np.float32)
-        array = _together(array, entry.heads)
-        array = array.T if entry.transpose else array
+    for entry in _entries(config):
+        array = entry.to_theirs(np.asarray(entry.place(params), np.float32))
         state[entry.name] = np.array(array, order="C")  # safetensors needs it
-    return state
+    fixed = fixed_arrays(config.model) if config.model.space == "image" else {}
+    return state | fixed
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -152,14 +138,40 @@ def read_checkpoint(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     )
 
 
-def _entries(config: ModelConfig) -> Iterator[Entry]:
+def _without_fixed(
+    state: dict[str, np.ndarray], config: ModelConfig
+) -> dict[str, np.ndarray]:
+    """A state dict of an image model without what is not learnt, which is checked."""
+    for name, ours in fixed_arrays(config).items():
+        if name not in state:
+            continue
+        theirs = state.pop(name)
+        if theirs.shape != ours.shape or np.abs(theirs - ours).max() > 1e-4:
+            raise UserError(
+                f"the checkpoint's {name!r} {theirs.shape} is not the fixed one "
+                f"{ours.shape} of the model config; check its image_size, patch and dim"
+            )
+    return state
+
+
+def _entries(config: Config) -> Iterator[Entry]:
     """Every array of a published checkpoint of this model."""
+    if config.model.space == "image":
+        return image_entries(config.model, config.diffusion)
+    return _causal_entries(config.model)
+
+
+def _causal_entries(config: ModelConfig) -> Iterator[Entry]:
     if config.candidate_input != "embedding":
         raise UserError(
             "model.candidate_input='anchored' has no published counterpart, so its "
             "parameters cannot be exchanged with published checkpoints"
         )
-    yield Entry("embeddings.weight", ("embed", "embedding"))
+    video = config.space == "video"
+    if video:
+        yield from _biased("encoder_down_projection", "frame_embed")
+    else:
+        yield Entry("embeddings.weight", ("embed", "embedding"))
     adaln = config.conditioning in ("adaln", "adaln_zero") and config.kind == "ebt"
     heads = config.heads
     linears = {  # name, fused part, heads
@@ -193,11 +205,14 @@ def _entries(config: ModelConfig) -> Iterator[Entry]:
     for part, name in parts.items():
         yield Entry(f"transformer.norm.{part}", ("final_norm", name))
     if config.kind == "transformer_pp":
-        yield Entry("output.weight", ("output", "kernel"), None, True)
+        ours = "readout" if video else "output"
+        yield Entry("output.weight", (ours, "kernel"), None, True)
+        if video:
+            yield from _biased("encoder_up_projection", "frame_output")
         return
     yield Entry("alpha", ("step_size",))
     yield Entry("langevin_dynamics_noise_std", ("noise_std",))
-    if not config.tied_embedding:
+    if has_candidate_table(config):
         name = "vocab_to_embed.weight"
         yield Entry(name, ("candidate_embed", "kernel"), None, True)
     if config.conditioning != "default":
@@ -212,25 +227,7 @@ def _entries(config: ModelConfig) -> Iterator[Entry]:
         yield Entry(f"{theirs}.bias", ("final_modulation", "bias"))
 
 
-def _at(params: PyTree, entry: Entry) -> Any:
-    """The array of an entry; a view into the stacked blocks."""
-    for key in entry.path:
-        params = params[key]
-    array = params[...] if entry.layer is None else params[entry.layer]
-    return array if entry.part is None else array[:, entry.part]
-
-
-def _apart(kernel: np.ndarray, heads: int | None) -> np.ndarray:
-    """Columns of each head in our order: first of every pair, then the second ones."""
-    if heads is None or kernel.ndim != 2 or kernel.shape[1] % (2 * heads):
-        return kernel  # a wrong shape is reported by whoever compares it
-    pairs = kernel.reshape(len(kernel), heads, -1, 2)
-    return pairs.swapaxes(2, 3).reshape(kernel.shape)
-
-
-def _together(kernel: np.ndarray, heads: int | None) -> np.ndarray:
-    """The inverse of `_apart`."""
-    if heads is None:
-        return kernel
-    halves = kernel.reshape(len(kernel), heads, 2, -1)
-    return halves.swapaxes(2, 3).reshape(kernel.shape)
+def _biased(theirs: str, ours: str) -> Iterator[Entry]:
+    """A linear map with a bias."""
+    yield Entry(f"{theirs}.weight", (ours, "kernel"), None, True)
+    yield Entry(f"{theirs}.bias", (ours, "bias"))

@@ -6,15 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebt_jax.data.config import DataConfig
+from ebt_jax.diffusion_config import DiffusionConfig
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES, ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.published_image_flags import (
+    IMAGE_ALIASES,
+    IMAGE_DEFAULTS,
+    image_diffusion,
+    image_model,
+    image_start,
+)
 from ebt_jax.replay import ReplayConfig
 from ebt_jax.training.config import Config, OptimConfig, TrainConfig
 
 # The published code's own defaults of every flag that is translated.
 PUBLISHED_DEFAULTS: dict[str, Any] = {
     "modality": "text",
+    "backbone_type": "vae",
+    "latent_dim": 3136,
     "model": "ebt",
     "model_size": "xxs",
     "embedding_dim": 0,
@@ -105,6 +115,7 @@ NOT_OF_THE_MODEL = frozenset(
         "batch_size_per_device",
         "check_val_every_n_epoch",
         "compile_model",
+        "custom_image_normalization",
         "dataset_name",
         "float_precision",
         "gpus",
@@ -121,15 +132,34 @@ NOT_OF_THE_MODEL = frozenset(
         "num_workers",
         "patch_size",
         "phase",
+        "preencode_video",
         "save_top_k",
+        "sdxl_vae_standardization",
         "set_matmul_precision",
         "time_between_frames",
         "tokenizer",
+        "vae_normalization",
         "val_check_interval",
         "validation_split_pct",
+        "vit_backbone_size",
         "wandb_watch",
     }
 )
+
+MODALITIES = {
+    "text": "text",
+    "NLP": "text",
+    "video": "video",
+    "VID": "video",
+    "image": "image",
+    "IMG": "image",
+}
+
+STARTS = {
+    "random_noise": "noise",
+    "zeros": "zeros",
+    "most_recent_embedding": "most_recent",
+}
 
 ALIASES = {
     "num_layers": "num_transformer_blocks",
@@ -143,7 +173,9 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
 
     Args:
       flags: flag names and values (hparams); those left out have their published
-        defaults. `dim`, `num_layers`, `num_heads` and `vocab_size` are sizes.
+        defaults. `dim`, `num_layers`, `num_heads`, `vocab_size` and, of video,
+        `latent_dim`, the numbers in an encoded frame, are sizes; those of images are in
+        `published_image_flags.IMAGE_DEFAULTS`.
 
     Returns:
       A config with `model`, `refine`, `objective`, `replay`, `optim`, `train.steps`,
@@ -153,8 +185,11 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
     Raises:
       UserError: naming the flag, for one that is unknown or not supported.
     """
-    flags = {ALIASES[k] if k in ALIASES else k: v for k, v in flags.items()}
-    known = {*PUBLISHED_DEFAULTS, *OPTIMIZER, *OFF, *NOT_OF_THE_MODEL}
+    defaults, aliases = PUBLISHED_DEFAULTS, ALIASES
+    if "modality" in flags and flags["modality"] in ("image", "IMG"):
+        defaults, aliases = defaults | IMAGE_DEFAULTS, aliases | IMAGE_ALIASES
+    flags = {aliases[k] if k in aliases else k: v for k, v in flags.items()}
+    known = {*defaults, *OPTIMIZER, *OFF, *NOT_OF_THE_MODEL}
     for name, value in flags.items():
         if name in OFF and value != OFF[name]:
             raise UserError(
@@ -163,18 +198,16 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
             )
         if name not in known:
             raise UserError(f"published flag {name}={value!r} is not known here")
-    f = {**PUBLISHED_DEFAULTS, **flags}
-    if f["modality"] not in ("text", "NLP"):
-        raise UserError(
-            f"published flag modality={f['modality']!r} is not supported; "
-            "only 'text' is"
-        )
-    _one_of(f, "model", "ebt", "transformer_pp")
+    f = {**defaults, **flags}
+    _one_of(f, "modality", *MODALITIES)
+    _one_of(f, "backbone_type", "vae")
+    space = MODALITIES[f["modality"]]
+    _one_of(f, "model", "ebt", "dit" if space == "image" else "transformer_pp")
     _one_of(f, "model_size", *SIZES, "2xs")
     _one_of(f, "ebt_type", "default", "time_embed", "adaln", "adaln_zero")
     _one_of(f, "ebt_norm", "rms", "layer", "dyt", "none")
     _one_of(f, "ebt_act_func", "silu", "relu", "gelu", "elu")
-    _one_of(f, "denoising_initial_condition", "random_noise", "zeros")
+    _one_of(f, "denoising_initial_condition", *STARTS)
     landscapes = f["mcmc_num_steps"]
     fewest, most, extra_in_last = 0, landscapes, True
     if f["randomize_mcmc_num_steps"]:
@@ -195,16 +228,21 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
     normalize = "all" if f["normalize_initial_condition"] else "none"
     if normalize == "all" and f["normalize_initial_condition_only_first_step"]:
         normalize = "first"
-    initial = f["denoising_initial_condition"]
+    start = STARTS[f["denoising_initial_condition"]]
+    model: dict[str, Any] = {"ffn_multiplier": float(f["ffn_dim_multiplier"] or 1)}
+    if space == "image":
+        start, model = image_start(f), image_model(f)
     return Config(
         model=ModelConfig(
+            **model,
             kind=f["model"],
+            space=space,
             size="xxs" if f["model_size"] == "2xs" else f["model_size"],
             num_layers=f["num_transformer_blocks"],
             num_heads=f["multiheaded_attention_heads"],
             dim=f["embedding_dim"],
-            ffn_multiplier=float(f["ffn_dim_multiplier"] or 1),
-            vocab_size=f["vocab_size"],
+            vocab_size=f["vocab_size"] if space == "text" else 0,
+            frame_size=f["latent_dim"] if space == "video" else 0,
             num_landscapes=landscapes,
             conditioning=f["ebt_type"],
             tied_embedding=f["vocab_to_embed_uses_prob_dist"],
@@ -224,7 +262,7 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
             step_size=f["mcmc_step_size"],
             step_size_learnable=f["mcmc_step_size_learnable"],
             step_size_jitter=float(f["randomize_mcmc_step_size_scale"]),
-            initial_candidate="zeros" if initial == "zeros" else "noise",
+            initial_candidate=start,
             initial_scale=f["gaussian_random_noise_scaling"],
             gradient_clamp=f["clamp_futures_grad_max_change"]
             if f["clamp_futures_grad"]
@@ -244,6 +282,7 @@ def config_from_reference(flags: Mapping[str, Any]) -> Config:
             capacity=f["mcmc_replay_buffer_size"] if f["mcmc_replay_buffer"] else 0,
             fraction=float(f["mcmc_replay_buffer_sample_bs_percent"]),
         ),
+        diffusion=image_diffusion(f) if space == "image" else DiffusionConfig(),
         optim=OptimConfig(
             schedule_steps=max(f["max_scheduling_steps"], 0),
             final_lr_fraction=1 / f["min_lr_scale"],

@@ -63,6 +63,11 @@ def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return _over(key, draw)
 
 
+def any_below(key: jax.Array, bound: int) -> jax.Array:
+    """One of the integers `0 .. bound - 1` for each key, any as likely."""
+    return _over(key, lambda k: jax.random.randint(k, (), 0, bound))
+
+
 def normal_like(key: jax.Array, tree: PyTree, batch_ndim: int) -> PyTree:
     """Standard normals for each leaf of a tree.
 

@@ -103,7 +103,7 @@ def make_score(
         """The loss and its parts at each step, by `refine`."""
         candidate = draws.candidate
         if model.corrupt is not None:
-            batch = model.corrupt(fold_in(keys, CORRUPTION), batch)
+            batch = model.corrupt(fold_in(keys, CORRUPTION), batch, True)
         if candidate is None:
             candidate = initial(fold_in(keys, 0), batch)
         if recall is not None:
@@ -204,7 +204,7 @@ def make_loss(score: Score) -> Callable[..., tuple[jax.Array, Metrics]]:
         params: PyTree, batch: Batch, key: jax.Array, draws: Draws | None = None
     ) -> tuple[jax.Array, Metrics]:
         draws = Draws() if draws is None else draws
-        keys = _training_keys(fold_in(key, 1), batch)
+        keys = training_keys(fold_in(key, 1), batch)
         return score(params, batch, key, keys, draws, None)[:2]
 
     return loss
@@ -251,8 +251,8 @@ def make_replaying(
         own = {"weights": old["weights"], "row": places[: len(rows)]}
         keys = jnp.concatenate(
             [
-                _training_keys(fold_in(key, 1), batch),
-                _training_keys(fold_in(key, 3), own),
+                training_keys(fold_in(key, 1), batch),
+                training_keys(fold_in(key, 3), own),
             ]
         )
         nobody = jnp.full(fresh, buffer.NONE, rows.dtype)
@@ -266,11 +266,15 @@ def make_replaying(
     return Replaying(empty, loss)
 
 
-def _training_keys(key: jax.Array, batch: Batch) -> jax.Array:
+def training_keys(key: jax.Array, batch: Batch) -> jax.Array:
     """A key for each prediction, by its place in the batch.
 
     Those of `jax.random.split(key, [*batch])`, of which a device that holds a part of
     the batch makes its own.
+
+    Args:
+      key: of the step.
+      batch: `weights` `[*batch]`, and `row` `[batch]` of a part.
     """
     count, *rest = batch["weights"].shape
     rows = batch["row"] if "row" in batch else jnp.arange(count)

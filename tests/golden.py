@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from golden_image import diffused_image, refined_image
 
 from ebt_jax import interop, models
 from ebt_jax.errors import UserError
@@ -74,12 +75,18 @@ def run_case(path: str | pathlib.Path) -> dict[str, Comparison]:
     inputs, expected = group("in/"), group("out/")
     if mode == "thinking":  # where candidates are on the simplex, whatever else is set
         flags["normalize_initial_condition"] = True
+    if "caption" in inputs:
+        flags["caption_size"] = inputs["caption"].shape[-1]
     config = interop.config_from_reference(flags)
     params = interop.from_reference(group("param/"), config)
     if mode == "thinking":
         program = thought(config, inference)
     elif config.model.kind == "transformer_pp":
         program = transformer_pp(config)
+    elif config.model.kind == "dit":
+        program = diffused_image(config)
+    elif config.model.space == "image":
+        program = refined_image(config, int(expected["num_refinement_steps"]))
     else:
         phase = flags["phase"] if "phase" in flags else "train"
         program = ebt(config, int(expected["num_refinement_steps"]), phase)
@@ -123,16 +130,35 @@ def text_batch(tokens: Any) -> Arrays:
     }
 
 
+def video_batch(latents: Any) -> Arrays:
+    """The frames after them are the targets of all but the last."""
+    latents = jnp.asarray(latents)
+    return {
+        "frames": latents[:, :-1],
+        "targets": latents[:, 1:],
+        "weights": jnp.ones((len(latents), latents.shape[1] - 1)),
+        "index": jnp.arange(len(latents)),
+    }
+
+
+def sequence_batch(config: Config, inputs: Arrays) -> Arrays:
+    """Tokens or frames, and what follows them."""
+    if config.model.space == "video":
+        return video_batch(inputs["latents"])
+    return text_batch(inputs["tokens"])
+
+
 def transformer_pp(config: Config) -> Program:
-    """Logits, loss and gradients of the baseline."""
+    """Predictions, loss and gradients of the baseline."""
     objective = build_objective(config)
 
     def program(params: Any, inputs: Arrays) -> tuple[Arrays, Any]:
-        batch, key = text_batch(inputs["tokens"]), jax.random.key(0)
+        batch, key = sequence_batch(config, inputs), jax.random.key(0)
         value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
         (loss, _), gradients = value_and_grad(params, batch, key)
-        logits = objective.predict(params, batch, key, AS_TRAINED)
-        return {"logits": logits, "loss": loss}, gradients
+        predicted = objective.predict(params, batch, key, AS_TRAINED)
+        name = "predictions" if config.model.space == "video" else "logits"
+        return {name: predicted, "loss": loss}, gradients
 
     return program
 
@@ -148,7 +174,7 @@ def ebt(config: Config, steps: int, phase: str) -> Program:
     objective = refined(model, setup, config.objective)
 
     def program(params: Any, inputs: Arrays) -> tuple[Arrays, Any]:
-        batch = text_batch(inputs["tokens"])
+        batch = sequence_batch(config, inputs)
         init = inputs["init"]
         if "replay_init_last_rows" in inputs:
             rows = inputs["replay_init_last_rows"]
@@ -176,6 +202,7 @@ def ebt(config: Config, steps: int, phase: str) -> Program:
             schedule=draws.schedule,
             normalize=model.normalize,
             observe=lambda step: (step.energy, step.after),
+            perturbing=model.perturbing,
         )
         zero = jnp.float32(0)
         return {
@@ -183,11 +210,11 @@ def ebt(config: Config, steps: int, phase: str) -> Program:
             "energies": energies,
             "predictions": predictions,
             "num_refinement_steps": steps,
-            "initial_loss": metrics["nll_first_step"],
-            "final_step_loss": metrics["nll"],
+            "initial_loss": metrics[f"{model.measure}_first_step"],
+            "final_step_loss": metrics[model.measure],
             "contrastive_loss": metrics.get("contrastive", zero),
             "initial_final_pred_energies_gap": (energies[0] - energies[-1]).mean(),
-            "perplexity": jnp.exp(metrics["nll"]),
+            "perplexity": jnp.exp(metrics[model.measure]),
         }, gradients
 
     return program

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from ebt_jax.interfaces import EnergyModel, FeedForward
-from ebt_jax.models import text, video
+from ebt_jax.diffusion_config import DiffusionConfig
+from ebt_jax.interfaces import Denoiser, EnergyModel, FeedForward
+from ebt_jax.models import image, text, video
 from ebt_jax.models.config import SIZES, ModelConfig
 
 __all__ = ["SIZES", "ModelConfig", "build"]
 
 
-def build(config: ModelConfig) -> EnergyModel | FeedForward:
+def build(
+    config: ModelConfig, diffusion: DiffusionConfig | None = None
+) -> EnergyModel | FeedForward | Denoiser:
     """The model of a resolved config.
+
+    Args:
+      config: of the model.
+      diffusion: how images are noised; text and video do without.
 
     Raises:
       ValueError: if the config leaves the landscapes, or what the data decide, at 0.
     """
+    if config.space == "image":
+        return _build_image(config, diffusion)
     space = {"text": text, "video": video}[config.space]
     if config.space == "text" and not config.vocab_size:
         raise ValueError("model.vocab_size is 0; set it to the tokenizer's vocab_size")
@@ -25,3 +34,20 @@ def build(config: ModelConfig) -> EnergyModel | FeedForward:
     if not config.num_landscapes:
         raise ValueError("model.num_landscapes is 0; set it to refine.num_landscapes")
     return space.energy_model(config)
+
+
+def _build_image(
+    config: ModelConfig, diffusion: DiffusionConfig | None
+) -> EnergyModel | Denoiser:
+    if diffusion is None:
+        raise ValueError("diffusion is None, but images are noised; give its config")
+    for name in ("image_size", "channels"):
+        if not getattr(config, name):
+            raise ValueError(f"model.{name} is 0; set it to the images'")
+    if config.condition == "caption" and not config.condition_size:
+        raise ValueError(
+            "model.condition_size is 0; set it to the numbers in an encoded caption"
+        )
+    if config.kind == "dit":
+        return image.dit(config, diffusion)
+    return image.energy_model(config, diffusion)

@@ -153,6 +153,11 @@ class ModelConfig:
                 f"model: {self.heads} heads do not divide width {self.width}; change "
                 "model.num_heads or model.dim"
             )
+        if self.space == "image" and self.width % 4:
+            raise UserError(
+                f"model: width {self.width} of an image model has to be a multiple of "
+                "4, for sines and cosines of rows and columns; change model.dim"
+            )
         if self.space != "image" and self.head_dim % 2:
             raise UserError(
                 f"model: width {self.width} over {self.heads} heads gives head size "

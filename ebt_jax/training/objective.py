@@ -9,18 +9,43 @@ import jax
 import jax.numpy as jnp
 
 from ebt_jax import models
-from ebt_jax.interfaces import FeedForward, Objective
+from ebt_jax.diffusion_objective import denoising
+from ebt_jax.errors import UserError
+from ebt_jax.interfaces import Denoiser, FeedForward, Objective
 from ebt_jax.objectives import feed_forward, refined
 from ebt_jax.training.config import Config
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective of a resolved config: refined candidates, or one forward pass."""
+    """The objective of a resolved config.
+
+    Refined candidates, one forward pass, or the passes of a diffusion model.
+
+    Raises:
+      UserError: for options that what is predicted does not have.
+    """
+    if config.model.space != "text" and config.objective.label_smoothing:
+        raise UserError(
+            f"objective.label_smoothing is {config.objective.label_smoothing}, but "
+            f"model.space is {config.model.space!r}, which has no labels; set it to 0"
+        )
+    if config.model.space != "text" and config.replay.top_k:
+        raise UserError(
+            f"replay.top_k is {config.replay.top_k}, which keeps the largest entries "
+            f"of a distribution, but model.space is {config.model.space!r}; set it to 0"
+        )
+    if config.model.space == "image" and config.mesh.seq != 1:
+        raise UserError(
+            f"mesh.seq is {config.mesh.seq}, but images are no sequences that could "
+            "be split; set it to 1"
+        )
     model_config = config.model
     if config.mesh.model != 1:
         # The compiler could not split a product that holds several maps' features.
         model_config = dataclasses.replace(model_config, fused=False)
-    model = models.build(model_config)
+    model = models.build(model_config, config.diffusion)
+    if isinstance(model, Denoiser):
+        return denoising(model, config.diffusion)
     if isinstance(model, FeedForward):
         return feed_forward(model, config.objective)
     kept = {n: s for n, s in batch_shapes(config).items() if n != "index"}
@@ -28,9 +53,23 @@ def build_objective(config: Config) -> Objective:
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a training batch: arrays `[batch, seq, ...]`, and `index` `[batch]`."""
+    """Shapes of a training batch.
+
+    Arrays `[batch, seq, ...]`, of images `[batch, ...]`, and `index` `[batch]`.
+    """
     rows, length = config.train.batch_size, config.data.context
     index = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    if config.model.space == "image":
+        side, model = config.model.image_size, config.model
+        size = (rows, side, side, model.channels)
+        shapes = {
+            "image": jax.ShapeDtypeStruct(size, jnp.float32),
+            "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
+        }
+        if model.condition == "caption":
+            size = (rows, model.condition_size)
+            shapes["caption"] = jax.ShapeDtypeStruct(size, jnp.float32)
+        return {**shapes, "index": index}
     if config.model.space == "video":
         size = (rows, length, config.model.frame_size)
         frames = jax.ShapeDtypeStruct(size, jnp.float32)

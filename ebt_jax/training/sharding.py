@@ -56,6 +56,22 @@ PARAMETERS = (
     ("final_modulation/*", P()),
     ("step_embed/embedding", P()),  # [landscapes, dim]
     ("energy/kernel", P()),  # [dim, 1]
+    # Of images.
+    ("blocks/qkv/bias", P(None, None, "model")),  # [layers, 3, dim]
+    ("blocks/out/bias", P()),
+    ("blocks/up/kernel", P(None, "fsdp", "model")),  # [layers, dim, hidden]
+    ("blocks/up/bias", P(None, "model")),  # [layers, hidden]
+    ("blocks/down/bias", P()),
+    ("patch_embed/kernel", P(None, "fsdp")),  # [patch patch channels, dim]
+    ("patch_embed/bias", P()),
+    ("caption_embed/kernel", P(None, "fsdp")),  # [condition_size, dim]
+    ("caption_embed/bias", P()),
+    ("condition/embedding", P()),  # [1, dim]
+    ("time_in/kernel", P(None, "fsdp")),  # [256, dim]
+    ("time_in/bias", P()),
+    ("time_out/kernel", P(None, "fsdp")),  # [dim, dim]
+    ("time_out/bias", P()),
+    ("output/bias", P()),  # [2 patch patch channels]
     ("step_size", P()),
     ("noise_std", P()),
 )
