@@ -56,7 +56,7 @@ def altered(path, folder, change):
 
 
 def test_all_cases_are_here():
-    assert len(CASES) == 29
+    assert len(CASES) == 37
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)

@@ -27,7 +27,16 @@ MODELS = {
     "no norm": {"ebt_norm": "none", "ebt_type": "adaln"},
     "tied": {"vocab_to_embed_uses_prob_dist": True},
     "transformer_pp": {"model": "transformer_pp", "ebt_type": "time_embed"},
+    "video": {"modality": "video", "latent_dim": 6, "ebt_type": "adaln"},
+    "video transformer_pp": {
+        "modality": "VID",
+        "latent_dim": 6,
+        "model": "transformer_pp",
+    },
 }
+
+
+STARTS = "random_noise, zeros, most_recent_embedding"
 
 
 def config_of(**flags):
@@ -288,7 +297,7 @@ def test_a_flag_that_is_not_built_is_refused_unless_off(flag, value, off):
         ("ebt_type", "film", "default, time_embed, adaln, adaln_zero"),
         ("ebt_norm", "batch", "rms, layer, dyt, none"),
         ("ebt_act_func", "tanh", "silu, relu, gelu, elu"),
-        ("denoising_initial_condition", "real_embeddings", "random_noise, zeros"),
+        ("denoising_initial_condition", "real_embeddings", STARTS),
     ],
 )
 def test_a_value_that_is_not_built_is_refused(flag, value, supported):
@@ -298,10 +307,30 @@ def test_a_value_that_is_not_built_is_refused(flag, value, supported):
         config_of(**{flag: value})
 
 
-def test_other_modalities_are_refused():
-    with refuses("published flag modality='VID' is not supported; only 'text' is"):
-        config_of(modality="VID")
+def test_modalities_have_two_names_each_and_others_are_refused():
+    with refuses("published flag modality='sound' is not supported; only text, NLP"):
+        config_of(modality="sound")
     assert config_of(modality="NLP") == config_of()
+    video = config_of(modality="VID")
+    assert config_of(modality="video") == video
+    assert video.model.space == "video" and video.model.frame_size == 3136
+    start = "most_recent_embedding"
+    video = config_of(modality="VID", denoising_initial_condition=start)
+    assert video.refine.initial_candidate == "most_recent"
+
+
+def test_frames_that_were_not_encoded_by_a_vae_are_refused():
+    with refuses("published flag backbone_type='dinov2' is not supported; only vae"):
+        config_of(modality="VID", backbone_type="dinov2")
+
+
+def test_the_frozen_encoder_of_a_video_checkpoint_is_left_out():
+    config = config_of(**MODELS["video"])
+    params = random_params(config)
+    state = interop.to_reference(params, config)
+    assert state["encoder_down_projection.weight"].shape == (8, 6)
+    encoder = {"image_encoder.quant_conv.weight": np.zeros(3)}
+    assert_same(interop.from_reference(state | encoder, config), params)
 
 
 def test_an_unknown_flag_is_refused_by_name():

@@ -135,6 +135,8 @@ def variants():
             yield ModelConfig(conditioning=conditioning, norm=norm)
     yield ModelConfig(tied_embedding=True)
     yield ModelConfig(kind="transformer_pp")
+    for kind in ("ebt", "transformer_pp"):
+        yield ModelConfig(kind=kind, space="video", frame_size=8)
 
 
 def shapes_of(model):
@@ -177,6 +179,10 @@ def test_the_spec_of_every_parameter():
         "xxs": specs_of("xxs"),
         "large, adaln": specs_of("large", conditioning="adaln"),
         "large, transformer_pp": specs_of("large", kind="transformer_pp"),
+        "xxs, video": specs_of("xxs", space="video", frame_size=3136),
+        "xxs, video transformer_pp": specs_of(
+            "xxs", kind="transformer_pp", space="video", frame_size=3136
+        ),
     }
     assert found == json.loads(GOLDEN.read_text())
 
