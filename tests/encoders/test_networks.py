@@ -164,7 +164,7 @@ def test_the_text_encoder_of_clip(name):
     assert_close(features.pooled, features.tokens[np.arange(3), ends])
 
 
-def test_a_whole_clip_model_and_one_level_of_names_more(tmp_path):
+def test_a_whole_clip_model_and_one_level_of_names_more():
     arrays, _ = read_case("clip_transformers")
     alone = clip_text.from_weights(given("alone", arrays)).params
     whole = {f"text_model.{name}": array for name, array in arrays.items()}
@@ -172,6 +172,9 @@ def test_a_whole_clip_model_and_one_level_of_names_more(tmp_path):
     whole["vision_model.post_layernorm.bias"] = np.zeros(4)
     whole |= {"visual_projection.weight": np.zeros((4, 4)), "logit_scale": np.ones(())}
     assert same(clip_text.from_weights(given("whole", whole)).params, alone)
+    diffusion = {f"cond_stage_model.transformer.{k}": v for k, v in whole.items()}
+    diffusion["model.diffusion_model.out.0.weight"] = np.zeros(3)
+    assert same(clip_text.from_weights(given("diffusion", diffusion)).params, alone)
 
 
 def test_texts_that_clip_cannot_take():

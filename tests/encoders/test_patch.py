@@ -66,6 +66,13 @@ def test_one_patch_for_each_frame_of_clips(images):
     assert patch.decode(whole, latents).shape == frames.shape
 
 
+def test_many_patches_are_counted_in_chunks(images, params, monkeypatch):
+    monkeypatch.setattr(patch, "_CHUNK", 17)
+    chunks = patch.fit_pca(images, patch=4, features=6)
+    for name, array in params.items():
+        np.testing.assert_allclose(chunks[name], array, rtol=0, atol=1e-5)
+
+
 def test_larger_patches_are_decomposed_by_their_products(images, monkeypatch):
     few = images[:4]
     exact = patch.fit_pca(few, patch=4, features=5)

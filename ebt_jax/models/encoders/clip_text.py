@@ -104,7 +104,8 @@ def load_clip_text(path: str, activation: str = "quick_gelu") -> ClipText:
 
     Args:
       path: `.safetensors`, `.npz` or a PyTorch file, of a text encoder or of a whole
-        CLIP model, in the layout of transformers or of OpenAI (also OpenCLIP).
+        CLIP model, in the layout of transformers or of OpenAI (also OpenCLIP); a whole
+        Stable Diffusion 1 checkpoint of CompVis will do.
       activation: "quick_gelu" for OpenAI's models, "gelu" for most of OpenCLIP's: the
         one thing that the weights do not tell.
 
@@ -122,7 +123,7 @@ def load_clip_text(path: str, activation: str = "quick_gelu") -> ClipText:
 
 def from_weights(weights: Weights, activation: str = "quick_gelu") -> ClipText:
     """The text encoder of published arrays, see `load_clip_text`."""
-    weights = weights.without(*_NOT_TEXT)
+    weights = weights.below("cond_stage_model.transformer.").without(*_NOT_TEXT)
     layout = _OPENAI if _OPENAI.positions in weights.arrays else _transformers(weights)
     if layout is not _OPENAI:  # some files keep the positions' indices, too
         weights = weights.without(f"{layout.prefix}embeddings.position_ids")

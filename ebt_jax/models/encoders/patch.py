@@ -18,8 +18,8 @@ import numpy as np
 
 from ebt_jax.errors import UserError
 
-# A matrix of this side has its eigenvectors in seconds.
-_MAX_SIDE = 2048
+_MAX_SIDE = 2048  # a matrix of this side has its eigenvectors in seconds
+_CHUNK = 4096  # patches held in float64 at a time
 
 
 def fit_pca(images: np.ndarray, patch: int, features: int) -> dict[str, np.ndarray]:
@@ -29,7 +29,7 @@ def fit_pca(images: np.ndarray, patch: int, features: int) -> dict[str, np.ndarr
     2,048 spaced evenly over the images do.
 
     Args:
-      images: `[..., height, width, channels]`, any range.
+      images: `[..., height, width, channels]`, any range and number type.
       patch: side of a patch in pixels; divides height and width.
       features: components to keep, numbers in an encoded patch.
 
@@ -59,7 +59,7 @@ def fit_pca(images: np.ndarray, patch: int, features: int) -> dict[str, np.ndarr
         chosen = np.linspace(0, count - 1, max(_MAX_SIDE, features)).round().astype(int)
         patches = patches[np.unique(chosen)]
     mean = patches.mean(axis=0, dtype=np.float64)
-    components = _leading(patches.astype(np.float64) - mean, features)
+    components = _leading(patches, mean, features)
     # Eigenvectors have no sign: the largest number of each is made positive.
     largest = np.abs(components).argmax(axis=1)
     components *= np.sign(components[np.arange(features), largest])[:, None]
@@ -139,11 +139,16 @@ def _as_last(array: Any, other: Any) -> Any:
     return jnp.reshape(array, (1,) * (other.ndim - np.ndim(array)) + np.shape(array))
 
 
-def _leading(centred: np.ndarray, features: int) -> np.ndarray:
+def _leading(patches: np.ndarray, mean: np.ndarray, features: int) -> np.ndarray:
     """The leading principal directions of `[count, numbers]`, `[features, numbers]`."""
-    count, numbers = centred.shape
+    count, numbers = patches.shape
     if numbers <= max(count, _MAX_SIDE):
-        return np.linalg.eigh(centred.T @ centred)[1].T[::-1][:features].copy()
+        products = np.zeros((numbers, numbers))
+        for start in range(0, count, _CHUNK):
+            centred = patches[start : start + _CHUNK] - mean
+            products += centred.T @ centred
+        return np.linalg.eigh(products)[1].T[::-1][:features].copy()
     # Fewer patches than numbers: directions are combinations of the patches.
+    centred = patches - mean
     weights = np.linalg.eigh(centred @ centred.T)[1][:, ::-1][:, :features]
     return np.linalg.qr(centred.T @ weights)[0].T.copy()
