@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +97,8 @@ def continue_clips(
         made += limit
         shown = np.concatenate([np.repeat(shown, copies, axis=0), frames], axis=1)
         shown, copies = shown[:, (context + 1) // 2 :], 1
-    frames, *effort = (
-        np.concatenate(part, axis=1) for part in zip(*pieces, strict=True)
-    )
-    return ContinuedClips(frames, Effort(*effort))
+    whole: list[Any] = [np.concatenate(part, 1) for part in zip(*pieces, strict=True)]
+    return ContinuedClips(whole[0], Effort(*whole[1:]))
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "context", "thinking"))

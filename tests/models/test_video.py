@@ -1,5 +1,6 @@
 """Frames as candidates: one projection, noise inside the energy, smooth L1."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from tiny import QUICK
 
 from ebt_jax import models
+from ebt_jax.composition import compose_models
 from ebt_jax.models.attention import Visible, rotation
 from ebt_jax.models.blocks import Block, Norm
 from ebt_jax.models.config import ModelConfig
@@ -203,3 +205,26 @@ def test_a_frame_needs_a_size():
         ValueError, match="model.frame_size is 0; set it to the numbers"
     ):
         models.build(tiny_video(frame_size=0))
+
+
+def test_models_that_are_summed_up_take_noise_of_their_own():
+    config = tiny_video(conditioning="default", num_landscapes=1)
+    small = dataclasses.replace(config, dim=4)
+    members = [energy_model(config), energy_model(small)]
+    both = compose_models(members, [1.0, -0.5])
+    noises = [NOISE, 2 * NOISE[..., :4]]
+    assert jax.tree.map(jnp.shape, both.perturbing.like(CANDIDATE)) == [
+        noise.shape for noise in noises
+    ]
+
+    def energy_of(model, params, noise):
+        context = model.encode_context(params, {"frames": FRAMES})
+        context = model.perturbing.into(context, noise)
+        return model.energy(params, context, CANDIDATE, jnp.int32(0))
+
+    params = lively(both)
+    first, second = (
+        energy_of(*member)
+        for member in zip(members, params["members"], noises, strict=True)
+    )
+    close(energy_of(both, params, noises), first - 0.5 * second, 1e-4)
