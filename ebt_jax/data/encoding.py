@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +132,7 @@ def _pixels(shape: tuple[int, int, int]) -> Encoder:
 
 def _autoencoder(vision: VisionConfig, side: int) -> Encoder:
     from ebt_jax.models.encoders.vae import load_vae
+    from ebt_jax.models.encoders.weights import compiled
 
     vae = load_vae(vision.encoder_path)
     factor, channels = vae.config.factor, vae.config.channels
@@ -146,8 +147,8 @@ def _autoencoder(vision: VisionConfig, side: int) -> Encoder:
             f"{vision.encoder_path} takes {channels}; set it to that"
         )
     scale = vision.encoder_scale
-    encode = jax.jit(lambda images: vae.encode(vae.params, images, scale))
-    decode_batch = jax.jit(lambda latents: vae.decode(vae.params, latents, scale))
+    encode = compiled(functools.partial(vae.encode, scale=scale), vae.params)
+    decode_batch = compiled(functools.partial(vae.decode, scale=scale), vae.params)
 
     def decode(latents: np.ndarray) -> np.ndarray:
         shape = latents.shape[-3:]
@@ -161,6 +162,7 @@ def _autoencoder(vision: VisionConfig, side: int) -> Encoder:
 def _features(vision: VisionConfig, side: int, whole: bool) -> Encoder:
     """DINOv2's: of whole frames as vectors, or of patches as squares of features."""
     from ebt_jax.models.encoders.dinov2 import imagenet_normalised, load_dinov2
+    from ebt_jax.models.encoders.weights import compiled
 
     if vision.channels != 3:
         raise UserError(
@@ -174,13 +176,12 @@ def _features(vision: VisionConfig, side: int, whole: bool) -> Encoder:
             f"{patch}; set vision.size to one"
         )
 
-    @jax.jit
-    def encode(images: jax.Array) -> jax.Array:
-        features = dino.encode(dino.params, imagenet_normalised(images))
+    def encode(params: Any, images: jax.Array) -> jax.Array:
+        features = dino.encode(params, imagenet_normalised(images))
         return features.image[:, None, None] if whole else features.patches
 
     shape = (1, 1, width) if whole else (side // patch, side // patch, width)
-    return Encoder(shape, _batched(encode, _BATCH), None, {})
+    return Encoder(shape, _batched(compiled(encode, dino.params), _BATCH), None, {})
 
 
 def _batched(

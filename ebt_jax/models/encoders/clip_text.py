@@ -1,10 +1,11 @@
 """CLIP's text encoder (Radford et al. 2021).
 
-encoder = load_clip_text("clip-vit-large-patch14/model.safetensors")
-tokenizer = load_clip_bpe("bpe_simple_vocab_16e6.txt.gz")
-tokens = tokenizer.batch(["a pink flower"], encoder.config.context)
-features = jax.jit(encoder.encode)(encoder.params, tokens)
-features.pooled    # [1, 768]
+    encoder = load_clip_text("clip-vit-large-patch14/model.safetensors")
+    tokenizer = load_clip_bpe("bpe_simple_vocab_16e6.txt.gz")
+    encode = weights.compiled(encoder.encode, encoder.params)
+    encode(tokenizer.batch(["a pink flower"])).pooled    # [1, 768]
+
+Of a whole CLIP model the image encoder is left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """DINOv2 image encoders (Oquab et al. 2023; with registers: Darcet et al. 2023).
 
-encoder = load_dinov2("dinov2_vitb14_pretrain.pth", "base")
-features = jax.jit(encoder.encode)(encoder.params, imagenet_normalised(images))
-features.image      # [batch, 768]
-features.patches    # [batch, side/14, side/14, 768]
+    encoder = load_dinov2("dinov2_vitb14_pretrain.pth", "base")
+    encode = weights.compiled(encoder.encode, encoder.params)
+    features = encode(imagenet_normalised(images))
+    features.image      # [batch, 768]
+    features.patches    # [batch, side/14, side/14, 768]
+
+Any size of images will do whose sides are multiples of a patch's.
 """
 
 from __future__ import annotations

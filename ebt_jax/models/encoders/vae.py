@@ -1,8 +1,8 @@
 """The Stable Diffusion autoencoder (AutoencoderKL; Rombach et al. 2022).
 
     vae = load_vae("sd-vae-ft-mse.safetensors")
-    latents = jax.jit(vae.encode)(vae.params, images)    # [batch, side/8, side/8, 4]
-    images = jax.jit(vae.decode)(vae.params, latents)
+    encode = weights.compiled(vae.encode, vae.params)
+    latents = encode(images)    # [batch, side/8, side/8, 4]
 
 Its latents have a standard deviation of about 5; times 0.18215 it is about 1.
 """

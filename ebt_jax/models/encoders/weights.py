@@ -7,10 +7,11 @@ need; whatever is missing, left over or of another shape is named.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -182,6 +183,19 @@ def read(path: str, kind: str) -> Weights:
             "fetch it again or save its arrays as .safetensors"
         ) from error
     return Weights(arrays, path, kind)
+
+
+def compiled(function: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """An encoder's function, jitted, its parameters on the default device.
+
+    Inside a jitted closure they would be constants of the program, which then takes
+    several times as long to compile; NumPy arrays would travel with every call.
+
+    Args:
+      function: (params, *inputs) -> outputs.
+      params: its parameters.
+    """
+    return functools.partial(jax.jit(function), jax.device_put(params))
 
 
 def _read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
