@@ -44,3 +44,23 @@ def changed(data: DataConfig, **changes: str | None) -> DataConfig:
     """The config with those changes that are given."""
     given = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(data, **given)
+
+
+def results_table(about: dict[str, Any], results: dict[str, float]) -> str:
+    """Results for people, one line each."""
+    notes = {
+        "nll": "nats per token",
+        "energy_gap": "before - after",
+        "energy_rose": "share of predictions whose energy rose",
+        "energy_gradients": "evaluations per token",
+        "energy_evaluations": "without gradient, per token",
+        "flops_per_token": "of thinking, by formula",
+        "energy_spread": "of the candidates' minima, standard deviation",
+        "tokens": "scored",
+        "psnr": "dB, of values in [-1, 1]",
+    }
+    lines = [f"{name:<24}{value}" for name, value in about.items()]
+    for name, value in results.items():
+        number = f"{value:,.0f}" if name in ("tokens", "sequences") else f"{value:.5g}"
+        lines.append(f"{name:<24}{number:<12}{notes.get(name, '')}".rstrip())
+    return "\n".join(lines)

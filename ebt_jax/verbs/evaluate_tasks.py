@@ -24,7 +24,14 @@ FLAGS = (
     Flag("task", "benchmark tasks, joined by commas, or all of those in --data"),
     Flag("items", "how many items of each task, from the first; 0 for all", 0, COUNT),
 )
-_NOT_OF_TASKS = ("text_key", "packing", "sequences", "uncertainty")
+_NOT_OF_TASKS = (
+    "text_key",
+    "packing",
+    "sequences",
+    "uncertainty",
+    "verification",
+    "corruptions",
+)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -45,6 +52,10 @@ def run(values: flags.FlagValues) -> None:
     from ebt_jax.training.writers import storage_explained
 
     path, config = open_workdir(workdir)
+    if config.model.space != "text":
+        raise UserError(
+            f"--task is of text, but the run is of {config.model.space}; leave it out"
+        )
     check_thinks(values.think, thinking, config)
     chosen = _chosen(values.task, data)
     trained = open_trained(path, config, values.mesh, values.checkpoint)

@@ -45,6 +45,15 @@ class Trained(NamedTuple):
     mesh: Mesh
 
 
+class Loaded(NamedTuple):
+    """A checkpoint on its devices; see `Trained`, which it is part of."""
+
+    step: int
+    objective: Objective
+    params: PyTree
+    mesh: Mesh
+
+
 def open_trained(
     path: Path, config: Config, mesh_text: str | None, step: int | None
 ) -> Trained:
@@ -60,19 +69,44 @@ def open_trained(
       UserError: if there is no such checkpoint, or there are no such devices.
     """
     from ebt_jax.data import tokenizers
-    from ebt_jax.training import checkpoint
     from ebt_jax.training.config import resolve
+
+    config = dataclasses.replace(config, mesh=parse_mesh(mesh_text))
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    config = resolve(config, tokenizer.vocab_size)
+    loaded = load_resolved(path, config, step)
+    return Trained(
+        path,
+        config,
+        tokenizer,
+        loaded.step,
+        loaded.objective,
+        loaded.params,
+        loaded.mesh,
+    )
+
+
+def load_resolved(path: Path, config: Config, step: int | None) -> Loaded:
+    """Loads a checkpoint of a resolved config onto the devices of its mesh.
+
+    Args:
+      path: the workdir.
+      config: resolved, with the mesh to use.
+      step: of the checkpoint; None for the newest good one.
+
+    Raises:
+      UserError: as `open_trained`.
+    """
+    from ebt_jax.training import checkpoint
     from ebt_jax.training.objective import build_objective
     from ebt_jax.training.sharding import make_mesh
 
-    config = dataclasses.replace(config, mesh=parse_mesh(mesh_text))
     mesh = make_mesh(config.mesh)
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    config = resolve(config, tokenizer.vocab_size)
     step = checkpoint.pick_step(path, step)
     objective = build_objective(config)
-    params = checkpoint.load_params(path, step, config, mesh)
-    return Trained(path, config, tokenizer, step, objective, params, mesh)
+    return Loaded(
+        step, objective, checkpoint.load_params(path, step, config, mesh), mesh
+    )
 
 
 def parse_mesh(text: str | None) -> MeshConfig:

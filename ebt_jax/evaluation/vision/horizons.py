@@ -73,12 +73,7 @@ def horizons(
     for batch in batches:
         clips = whole_clips(batch)
         given = clips.shape[1] - ahead
-        if ahead < 1 or given < 1:
-            raise UserError(
-                f"{ahead} frames ahead are asked for, but clips have {clips.shape[1]} "
-                "frames, of which at least one is given; give a number from 1 to "
-                f"{clips.shape[1] - 1}"
-            )
+        check_ahead(ahead, clips.shape[1])
         counted = (np.asarray(batch["weights"]) > 0).all(axis=1)
         clips, index = clips[counted], np.asarray(batch["index"])[counted]
         if not len(clips):
@@ -106,6 +101,15 @@ def horizons(
     return [
         Horizon(i + 1, *pair) for i, pair in enumerate(zip(model, copying, strict=True))
     ]
+
+
+def check_ahead(ahead: int, frames: int) -> None:
+    """Refuses to predict no frame, or all frames, of clips."""
+    if not 1 <= ahead < frames:
+        raise UserError(
+            f"{ahead} frames ahead are asked for, but clips have {frames} frames, of "
+            f"which at least one is given; give a number from 1 to {frames - 1}"
+        )
 
 
 def whole_clips(batch: Mapping[str, ArrayLike]) -> np.ndarray:

@@ -69,12 +69,7 @@ def retrieve(
     """
     own, index = _captions(batches)
     different = np.unique(own, axis=0)
-    if not 2 <= choices <= len(different):
-        raise UserError(
-            f"retrieval among {choices} captions is asked for, but there are "
-            f"{len(different)} different ones; give a number from 2 to "
-            f"{len(different)}"
-        )
+    check_choices(choices, len(different))
 
     @jax.jit
     def energies(params: PyTree, image: jax.Array, captions: jax.Array) -> jax.Array:
@@ -104,6 +99,15 @@ def retrieve(
     right = np.concatenate(found)
     low, high = bootstrap(right, seed)
     return Retrieval(float(right.mean()), low, high, 1 / choices, len(right), choices)
+
+
+def check_choices(choices: int, different: int) -> None:
+    """Refuses fewer than two choices, and more than there are different captions."""
+    if not 2 <= choices <= different:
+        raise UserError(
+            f"retrieval among {choices} captions is asked for, but there are "
+            f"{different} different ones; give a number from 2 to {different}"
+        )
 
 
 def shares(energies: np.ndarray) -> np.ndarray:

@@ -77,18 +77,16 @@ def write_image_samples(
         ways = {model.kind: Thinking()}
     for name, thinking in ways.items():
         stages[name] = predictor(objective, params, key, thinking)(some)
-    last = list(stages)[-1]
     if filtered and not from_noise:
         stages["filter"] = gaussian_filter(some["noised"], filter_width([some]))
     note = "" if from_noise else f"PSNR in dB: {_psnrs(stages)}"
     shown = {name: decode(values) for name, values in stages.items()}
     written = [write_grid(folder / "samples.png", shown, captions[:count], note)]
     if model.kind == "ebt":
-        first = "clean" if from_noise else "noised"
-        chosen = {"clean": some["image"], first: stages[first], last: stages[last]}
+        stages.pop("filter", None)
         written.append(
             write_energy_maps(
-                folder / "energy_map.png", model, params, some, chosen, decode
+                folder / "energy_map.png", model, params, some, stages, decode
             )
         )
     return written
@@ -181,13 +179,14 @@ def write_energy_maps(
     }
     # The middle 98 % of the patches: a few outliers would make all the others alike.
     low, high = np.percentile(np.stack(list(maps.values())), (1, 99))
-    columns = {}
-    for name, energies in maps.items():
-        pictures = decode(stages[name])
-        columns[name] = pictures
-        columns[f"{name}: {energies.mean():.3g}"] = heat(pictures, energies, low, high)
-    note = f"Energies of patches, {low:.3g} (dark) to {high:.3g} (bright); their means"
-    return write_grid(path, columns, note=f"{note} are above.")
+    columns = {
+        f"{name}: {energies.mean():.4g}": heat(
+            decode(stages[name]), energies, float(low), float(high)
+        )
+        for name, energies in maps.items()
+    }
+    note = f"Energies of patches, {low:.3g} (dark) to {high:.3g} (bright); means above."
+    return write_grid(path, columns, note=note)
 
 
 def _psnrs(stages: Mapping[str, ArrayLike]) -> str:
