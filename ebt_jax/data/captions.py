@@ -20,7 +20,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from ebt_jax.data.encoding import in_batches
@@ -33,7 +32,6 @@ Encode = Callable[[Sequence[str]], np.ndarray]  # to float32 [texts, condition_s
 SUFFIXES = (".jsonl", ".jsonl.gz")
 _BATCH = 16  # captions that CLIP takes at a time
 _PIECE = 3  # letters of a piece of a word
-_PIECE_WEIGHT = 0.5  # of a word's pieces together, a word's own being 1
 
 
 def read(texts: Sequence[File]) -> dict[str, tuple[str, ...]]:
@@ -110,14 +108,20 @@ def encoder(vision: VisionConfig) -> Encode:
 def _clip(path: str) -> Encode:
     from ebt_jax.models.encoders.clip_bpe import load_clip_bpe
     from ebt_jax.models.encoders.clip_text import load_clip_text
+    from ebt_jax.models.encoders.weights import compiled
 
     clip = load_clip_text(path)
     tokenizer = load_clip_bpe(os.path.dirname(os.path.abspath(path)))
-    pooled = jax.jit(lambda tokens: clip.encode(clip.params, tokens).pooled)
+    if len(tokenizer.ids) != clip.config.vocab:
+        raise UserError(
+            f"vision.caption_path: {path} has {clip.config.vocab} tokens, but the "
+            f"vocabulary beside it {len(tokenizer.ids)}; take both of one model"
+        )
+    features = compiled(clip.encode, clip.params)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
         tokens = tokenizer.batch(texts, clip.config.context)
-        return in_batches(pooled, _BATCH, tokens)
+        return in_batches(lambda rows: features(rows).pooled, _BATCH, tokens)
 
     return encode
 
@@ -134,8 +138,8 @@ def encode_all(encode: Encode, captions: Sequence[tuple[str, ...]]) -> list[np.n
 def hashed(texts: Sequence[str], features: int) -> np.ndarray:
     """Words and pieces of words, counted under hashes: equal texts, equal numbers.
 
-    Every word adds +1 or -1 to one of the numbers, its pieces of three letters share
-    half of that, so "smiling" and "smile" are alike; the sum is divided by its norm.
+    Every word adds +1 or -1 to one of the numbers; its pieces of three letters weigh as
+    much together, so "smiling" and "smile" are alike. The sum is divided by its norm.
 
     Args:
       texts: captions.
@@ -151,7 +155,7 @@ def hashed(texts: Sequence[str], features: int) -> np.ndarray:
             pieces = [framed[i : i + _PIECE] for i in range(len(framed) - _PIECE + 1)]
             _add(row, word, 1.0)
             for piece in pieces:
-                _add(row, piece, _PIECE_WEIGHT / len(pieces))
+                _add(row, piece, len(pieces) ** -0.5)
     norms = np.linalg.norm(table, axis=1, keepdims=True)
     return table / np.where(norms > 0, norms, 1)
 

@@ -16,6 +16,7 @@ from ebt_jax.data.items import Frames, Items
 from ebt_jax.data.sources import optional_package
 from ebt_jax.errors import UserError
 
+_NAMES = "zero one two three four five six seven eight nine".split()
 _TILE = 32  # side of a photograph's squares, and of moving digits' frames, by default
 _CLIPS = 2000  # of moving digits
 _DIGITS = 2  # in each of them
@@ -24,7 +25,7 @@ _SPEEDS = 0.2, 0.6  # of a digit, in its range of motion per second
 
 
 def digits() -> Items:
-    """1,797 handwritten digits of 8 x 8 pixels, grey; classes 0 to 9.
+    """1,797 handwritten digits of 8 x 8 pixels, grey; captions name their classes.
 
     Raises:
       UserError: if scikit-learn is not installed.
@@ -35,7 +36,8 @@ def digits() -> Items:
         return Frames(0.0, iter([pictures.of_array(images[index])]))
 
     names = [f"digit {number}" for number in range(len(images))]
-    return Items(names, read, [str(label) for label in labels])
+    told = [(f"the digit {_NAMES[label]}",) for label in labels]
+    return Items(names, read, [str(label) for label in labels], told)
 
 
 def photographs(side: int) -> Items:

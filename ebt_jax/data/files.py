@@ -120,9 +120,10 @@ def _expanded(path: str, name: str, suffixes: Sequence[str]) -> list[File]:
         if lower.endswith(".zip"):
             return list(_zip(path, suffixes))
     except _DAMAGED as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"data.path: {path} is not an archive, or a damaged one ({error}); replace "
-            "it"
+            f"data.path: {path} is not an archive, or a damaged one ({reason}); "
+            "replace it"
         ) from error
     except OSError as error:
         raise UserError(

@@ -120,8 +120,9 @@ def _idx_file(path: str, magic: int, axes: int) -> tuple[Any, ...]:
             f"data.path: {path} cannot be read ({error}); replace it"
         ) from error
     head = 4 * (axes + 1)
-    numbers = [int(number) for number in np.frombuffer(content[:head], ">u4")]
-    if len(numbers) != axes + 1 or numbers[0] != magic:
+    whole = content[:head] if len(content) >= head else b""
+    numbers = [int(number) for number in np.frombuffer(whole, ">u4")]
+    if not numbers or numbers[0] != magic:
         raise UserError(
             f"data.path: {path} is not an IDX file of {axes} axes of bytes; replace it"
         )

@@ -73,7 +73,7 @@ class Items:
 
 
 def joined(parts: Sequence[Items]) -> Items:
-    """Several sources one after the other; classes if all have them."""
+    """Several sources one after the other; classes and captions if all have them."""
     if len(parts) == 1:
         return parts[0]
     places = [(part, number) for part in parts for number in range(len(part))]
@@ -87,7 +87,8 @@ def joined(parts: Sequence[Items]) -> Items:
         return [entry for column in columns for entry in column] if all(columns) else []
 
     names = [name for part in parts for name in part.names]
-    return Items(names, read, all_or_none("classes"))
+    strays = [file for part in parts for file in part.strays]
+    return Items(names, read, all_or_none("classes"), all_or_none("captions"), strays)
 
 
 class Skipped:

@@ -34,18 +34,18 @@ INDEX = "latents.json"
 ENCODER = "encoder.npz"
 FORMAT = "ebt-jax latents"
 VERSION = 1
-# Settings that latents are made with; others are those of whoever reads them.
-MADE_WITH = (
-    "channels",
-    "crop",
-    "encoder",
-    "encoder_size",
-    "encoder_scale",
-    "encoder_features",
-    "encoder_patch",
-    "caption_encoder",
-    "caption_features",
-)
+# Settings that latents depend on; others are those of whoever reads them.
+_MADE_WITH = ("channels", "crop", "encoder")
+_OF_ENCODER = {
+    "none": (),
+    "pca": ("encoder_features",),
+    "vae": ("encoder_scale",),
+    "dinov2": ("encoder_size",),
+}
+_OF_CAPTIONS = {
+    "hashed": ("caption_encoder", "caption_features"),
+    "clip": ("caption_encoder",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Index:
     condition_size: int  # numbers in an encoded caption; 0: there are none
     classes: list[str]  # names, in order
     strays: list[str]  # files that captions name, but that are not there
-    settings: dict[str, Any]  # MADE_WITH
+    settings: dict[str, Any]  # of vision, that they depend on
 
     @property
     def parts(self) -> int:
@@ -194,9 +194,14 @@ def read_index(folder: str) -> Index:
     )
 
 
-def settings(vision: VisionConfig) -> dict[str, Any]:
-    """What latents depend on."""
-    return {name: getattr(vision, name) for name in MADE_WITH}
+def settings(vision: VisionConfig, space: str, captioned: bool) -> dict[str, Any]:
+    """What latents depend on, by the name of the setting."""
+    names = [*_MADE_WITH, *_OF_ENCODER[vision.encoder]]
+    if vision.encoder == "pca" and space == "image":
+        names.append("encoder_patch")
+    if captioned:
+        names += _OF_CAPTIONS[vision.caption_encoder]
+    return {name: getattr(vision, name) for name in names}
 
 
 def _check_settings(
@@ -208,8 +213,10 @@ def _check_settings(
             f"{space!r}; set it to {index.space!r}, or name others"
         )
     made = index.settings | {"size": index.side}
-    given = settings(vision) | {"size": vision.size or index.side}
+    given = settings(vision, space, bool(index.condition_size))
+    given["size"] = vision.size or index.side
     for name, value in given.items():
+        # What an encoder depends on comes after the encoder's own name.
         if made[name] != value:
             raise UserError(
                 f"data.path: the latents in {folder} were made with vision.{name} "

@@ -130,7 +130,7 @@ def _index(
         condition_size=condition_size,
         classes=vision_split.class_names(found),
         strays=list(found.strays),
-        settings=latents.settings(vision),
+        settings=latents.settings(vision, space, condition_size > 0),
     )
 
 
