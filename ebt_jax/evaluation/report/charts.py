@@ -15,6 +15,7 @@ from ebt_jax.evaluation.report.runs import (
     thinned,
     tokens_per_step,
 )
+from ebt_jax.evaluation.report.shift import gains
 from ebt_jax.evaluation.report.thinking import Thoughts
 
 MOST_POINTS = 400  # of a curve; more are averaged
@@ -78,6 +79,23 @@ def gradient_chart(runs: Sequence[Run], thoughts: Sequence[Thoughts | None]) -> 
         if thought is not None and thought.trace.gradient_norm is not None
     ]
     return _per_step("refinement step", "mean gradient norm", curves)
+
+
+def shift_chart(runs: Sequence[Run]) -> Chart:
+    """Gain of thinking, per cent, against how far data is from that of training."""
+    curves = []
+    for i, run in enumerate(runs):
+        found = sorted((gain.shift, 100 * gain.share) for gain in gains(run).values())
+        if len(found) < 2:
+            continue  # nothing but held-out text
+        x, y = zip(*found, strict=True)
+        shifts = {"shift": finite_list(x)}
+        about = {"label": run.name, "run": i, "kind": "thick"}
+        curves.append({**about, "x": shifts, "y": finite_list(y)})
+    label = "shift: perplexity / held-out perplexity"
+    axes = [{"name": "shift", "label": label, "integer": False}]
+    y = "gain of thinking, %"
+    return {"axes": axes, "y": y, "log": True, "cut": False, "series": curves}
 
 
 def finite(value: float) -> float | None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ebt_jax.evaluation import report
-from ebt_jax.evaluation.report import charts, pictures, tables
+from ebt_jax.evaluation.report import charts, judgements, pictures, shift, tables
 from ebt_jax.evaluation.report.runs import Run
 from ebt_jax.evaluation.report.thinking import Thoughts
 
@@ -29,6 +29,8 @@ def page(runs: Sequence[Run], thoughts: Sequence[Thoughts | None], command: str)
         "thinking": charts.thinking_chart(runs),
         "energy": charts.energy_chart(runs, thoughts),
         "gradient": charts.gradient_chart(runs, thoughts),
+        "shift": charts.shift_chart(runs),
+        **judgements.doubt_charts(runs),
     }
     drawn = {name: chart for name, chart in drawn.items() if chart["series"]}
     sections = [
@@ -40,6 +42,10 @@ def page(runs: Sequence[Run], thoughts: Sequence[Thoughts | None], command: str)
         *pictures.tokens(runs, thoughts),
         *pictures.landscapes(runs, thoughts),
         *tables.tasks(runs),
+        *shift.shift_section(runs, "shift" in drawn),
+        *shift.seeds_section(runs),
+        *judgements.uncertainty(runs),
+        *judgements.verification(runs),
         *tables.settings(runs),
     ]
     numbers = {

@@ -8,16 +8,29 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ebt_jax.errors import UserError
 from ebt_jax.training.config import Config, from_json
 from ebt_jax.training.environment import read_environments
 
+Found = TypeVar("Found")
 Row = dict[str, Any]
 Scalars = dict[str, float | int | str | bool]
+
+
+class Doubted(NamedTuple):
+    """What `ebt evaluate --uncertainty` found, see `evaluation.uncertainty`.
+
+    Attributes:
+      results: of `judge`.
+      curves: of `doubt_curves`; None in place of what is not finite.
+    """
+
+    results: dict[str, float]
+    curves: dict[str, dict[str, list[float | None]]]
 
 
 class Run(NamedTuple):
@@ -32,6 +45,8 @@ class Run(NamedTuple):
       results: `summary.json`, else the last evaluation of the metrics.
       environments: what it ran on, see `training.environment`; empty if not known.
       tasks: benchmark tasks by name, what is scalar in their files, dotted keys.
+      doubts: measures of doubt, by the name of what was scored.
+      verified: what `ebt evaluate --verification` found, by the same, `verify`.
       notes: what is missing or damaged, a sentence each.
     """
 
@@ -43,6 +58,8 @@ class Run(NamedTuple):
     results: dict[str, float]
     environments: list[dict[str, Any]]
     tasks: dict[str, Scalars]
+    doubts: dict[str, Doubted]
+    verified: dict[str, dict[str, float]]
     notes: list[str]
 
 
@@ -75,9 +92,21 @@ def read_run(path: Path, name: str) -> Run:
     settings, config = _read_config(path, notes)
     rows = _read_rows(path, notes)
     results = _read_results(path, rows, notes)
-    tasks = _read_tasks(path, notes)
-    environments = _read_environments(path, notes)
-    return Run(path, name, settings, config, rows, results, environments, tasks, notes)
+    return Run(
+        path=path,
+        name=name,
+        settings=settings,
+        config=config,
+        rows=rows,
+        results=results,
+        environments=_read_environments(path, notes),
+        tasks=_read_folder(path, "tasks", flat, notes),
+        doubts=_read_folder(path, "uncertainty", _doubted, notes),
+        verified=_read_folder(
+            path, "verification", lambda found: _numbers(found["results"]), notes
+        ),
+        notes=notes,
+    )
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -219,14 +248,26 @@ def _read_environments(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         return []
 
 
-def _read_tasks(path: Path, notes: list[str]) -> dict[str, Scalars]:
-    tasks = {}
-    for file in sorted((path / "tasks").glob("*.json")):
+def _read_folder(
+    path: Path, folder: str, read: Callable[[Any], Found], notes: list[str]
+) -> dict[str, Found]:
+    """What is in the JSON files of a folder, by their names."""
+    found = {}
+    for file in sorted((path / folder).glob("*.json")):
         try:
-            tasks[file.stem] = flat(json.loads(file.read_text()))
-        except (OSError, ValueError, AttributeError) as error:
-            notes.append(f"tasks/{file.name} cannot be read ({_reason(error)})")
-    return tasks
+            found[file.stem] = read(json.loads(file.read_text()))
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            notes.append(f"{folder}/{file.name} cannot be read ({_reason(error)})")
+    return found
+
+
+def _doubted(found: dict[str, Any]) -> Doubted:
+    names = ("coverage", "risk", "doubt", "nll", "wrong")
+    curves = {
+        measure: {name: list(curve[name]) for name in names}
+        for measure, curve in found["curves"].items()
+    }
+    return Doubted(_numbers(found["results"]), curves)
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
@@ -243,4 +284,6 @@ def _reason(error: Exception) -> str:
         return "there is none"
     if isinstance(error, OSError):
         return error.strerror or str(error)
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     return str(error)
