@@ -153,7 +153,7 @@ def formula(config: Config) -> str:
     """The formula of `analytic_flops`, in the letters of the module's docstring."""
     contexts, candidates, vocabulary = (f"{m:g}" for m in multiples(config))
     twice = f"{2 * float(candidates):g}"
-    if config.model.kind != "ebt":
+    if config.model.kind != "ebt" or config.model.space == "image":
         return f"{candidates} N + {twice} L S D + {vocabulary} V D"
     shared = f"{2 * float(contexts):g}"
     return (

@@ -12,17 +12,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ebt_jax.data import tokenizers
 from ebt_jax.evaluation.flops import (
     analytic_flops,
     count_flops,
     count_non_embedding,
     count_parameters,
     formula,
+    tokens_per_sequence,
 )
 from ebt_jax.evaluation.planning import communication_table, memory_table
 from ebt_jax.refine import PyTree
-from ebt_jax.training.config import Config, resolve, scored_sequences
+from ebt_jax.training.config import Config, scored_sequences
 from ebt_jax.training.objective import batch_shapes as whole_batch_shapes
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
@@ -37,13 +37,15 @@ from ebt_jax.training.sharding import (
     state_target,
 )
 from ebt_jax.training.step import init_state, make_step
+from ebt_jax.training.task import resolved
 
 
 def inspect(config: Config, memory_gib: float = 0) -> str:
     """Describes a run: parameters, and its step's FLOPs, memory and communication.
 
     Args:
-      config: of the run, resolved or not. Its tokenizer is loaded, its data is not.
+      config: of the run, resolved or not. Its tokenizer is loaded, or its pictures;
+        text is not.
       memory_gib: of a device, to be told whether it is enough; 0 not to be.
 
     Returns:
@@ -55,8 +57,7 @@ def inspect(config: Config, memory_gib: float = 0) -> str:
     mesh = make_mesh(config.mesh)
     check_batch(config.train, mesh, config.data.context)
     check_replay(config.replay, config.train, mesh)
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    config = resolve(config, tokenizer.vocab_size)
+    config = resolved(config)
     objective = build_objective(config)
     params = jax.eval_shape(objective.init, jax.random.key(0))
     optimizer = make_optimizer(config.optim, config.refine, params)
@@ -71,7 +72,9 @@ def inspect(config: Config, memory_gib: float = 0) -> str:
     )
     traced = step.trace(state, batch_shapes(config, mesh))
     compiled = traced.lower().compile()
-    rows, length, devices = config.train.batch_size, config.data.context, mesh.size
+    rows, devices = config.train.batch_size, mesh.size
+    length = tokens_per_sequence(config)
+    unit = "patches" if config.model.space == "image" else config.model.unit
     parts = batch_parts(mesh)
     more = scored_sequences(config, parts) - rows
     replayed = f", {more // parts} more of them replayed" if more else ""
@@ -79,7 +82,7 @@ def inspect(config: Config, memory_gib: float = 0) -> str:
         [
             parameter_table(params, mesh),
             f"mesh     {_named(mesh.shape)} ({mesh.devices.flat[0].platform})\n"
-            f"batch    {rows} x {length} = {rows * length:,} tokens, "
+            f"batch    {rows} x {length} = {rows * length:,} {unit}, "
             f"{rows // parts} sequences per device{replayed}",
             _flops(config, params, traced.jaxpr, compiled, devices, parts),
             memory_table(config, state, mesh, compiled, memory_gib),
@@ -143,10 +146,11 @@ def _flops(
     devices: int,
     parts: int,
 ) -> str:
-    tokens = scored_sequences(config, parts) * config.data.context
+    tokens = scored_sequences(config, parts) * tokens_per_sequence(config)
+    unit = "patch" if config.model.space == "image" else config.model.unit[:-1]
     needed = analytic_flops(config, params)
     lines = [
-        "FLOPs of a training step per token",
+        f"FLOPs of a training step per {unit}",
         f"  {count_flops(traced.jaxpr) / tokens:.3e}  matrix multiplications of the "
         "traced step",
         f"  {needed.total:.3e}  by formula, nothing computed twice: {formula(config)}",

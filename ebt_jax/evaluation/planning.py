@@ -10,7 +10,11 @@ from jax.sharding import Mesh
 
 from ebt_jax.errors import UserError
 from ebt_jax.evaluation.collectives import count_collectives
-from ebt_jax.evaluation.flops import count_parameters
+from ebt_jax.evaluation.flops import (
+    count_parameters,
+    entries,
+    tokens_per_sequence,
+)
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config, scored_sequences
 from ebt_jax.training.sharding import batch_parts
@@ -143,13 +147,16 @@ def whole_bytes(params: PyTree, mesh: Mesh) -> int:
 
 
 def candidate_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Predictions that a device works on at a time, and its part of the vocabulary."""
-    rows = local_sequences(config, mesh)
-    predictions = rows * config.data.context // mesh.shape["seq"]
-    if config.refine.block and config.model.kind == "ebt":
+    """Predictions that a device works on at a time, and its part of their entries.
+
+    Those of text are distributions over the vocabulary; of images a patch is one.
+    """
+    rows, text = local_sequences(config, mesh), config.model.space == "text"
+    predictions = rows * tokens_per_sequence(config) // mesh.shape["seq"]
+    if config.refine.block and config.model.kind == "ebt" and text:
         predictions = min(predictions, config.refine.block)
-    vocab, split = config.model.vocab_size, mesh.shape["model"]
-    return predictions, vocab if vocab % split else vocab // split
+    numbers, split = entries(config), mesh.shape["model"] if text else 1
+    return predictions, numbers if numbers % split else numbers // split
 
 
 def candidate_bytes(config: Config, mesh: Mesh) -> int:

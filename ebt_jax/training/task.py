@@ -51,6 +51,19 @@ def open_task(config: Config) -> Task:
     return open_vision_task(config)
 
 
+def resolved(config: Config) -> Config:
+    """A config with the sizes that its data decide, see `config.resolve`.
+
+    Text itself is not read, its tokenizer is; pictures are.
+
+    Raises:
+      UserError: as `open_task`.
+    """
+    if config.model.space == "text":
+        return resolve(config, tokenizers.load(config.data.tokenizer).vocab_size)
+    return open_task(config).config
+
+
 def _text(config: Config) -> Task:
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = resolve(config, tokenizer.vocab_size)
