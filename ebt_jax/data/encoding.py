@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebt_jax.data.items import Clip
 from ebt_jax.data.pictures import to_floats, to_pixels
 from ebt_jax.data.vision_config import VisionConfig
 from ebt_jax.errors import UserError
@@ -67,25 +69,54 @@ def make(
     return _features(vision, side, whole)
 
 
-def encode_all(encoder: Encoder, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Encodes pictures or clips, several at a time.
+def encode_all(encoder: Encoder, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Encodes pictures or clips, some at a time: pixels are not kept longer.
 
     Args:
       encoder: what encodes them.
       clips: uint8 `[frames, side, side, channels]` of each.
 
-    Returns:
+    Yields:
       `[frames, *shape]` of each.
     """
-    done: list[np.ndarray] = []
     group: list[np.ndarray] = []
-    for number, clip in enumerate(clips, 1):
+    for clip in clips:
         group.append(clip)
-        if sum(map(len, group)) >= _GROUP or number == len(clips):
-            encoded = encoder.encode(np.concatenate(group))
-            done += np.split(encoded, np.cumsum([len(clip) for clip in group])[:-1])
+        if sum(map(len, group)) >= _GROUP:
+            yield from _encode_together(encoder, group)
             group = []
-    return done
+    if group:
+        yield from _encode_together(encoder, group)
+
+
+def encode_items(
+    encoder: Encoder, clips: Iterable[tuple[int, Clip]]
+) -> Iterator[tuple[int, float, np.ndarray]]:
+    """Encodes numbered pictures or clips.
+
+    Args:
+      encoder: what encodes them.
+      clips: number and pixels of each.
+
+    Yields:
+      Number, seconds between frames and `[frames, *shape]` of each.
+    """
+    waiting: deque[tuple[int, float]] = deque()
+
+    def pixels() -> Iterator[np.ndarray]:
+        for number, clip in clips:
+            waiting.append((number, clip.seconds))
+            yield clip.pixels
+
+    for frames in encode_all(encoder, pixels()):
+        yield *waiting.popleft(), frames
+
+
+def _encode_together(encoder: Encoder, clips: list[np.ndarray]) -> list[np.ndarray]:
+    encoded = encoder.encode(np.concatenate(clips))
+    ends = np.cumsum([len(clip) for clip in clips])
+    # Copies: a part of an array would keep the whole of it in memory.
+    return [part.copy() for part in np.split(encoded, ends[:-1])]
 
 
 def fitted(pixels: np.ndarray, patch: int, features: int) -> dict[str, np.ndarray]:

@@ -92,10 +92,12 @@ def joined(parts: Sequence[Items]) -> Items:
 
 
 class Skipped:
-    """What could not be used.
+    """What could not be used, or not as it is.
 
     Attributes:
-      problems: name and reason of each.
+      problems: name and reason of each that could not be used.
+      notes: how many frames needed what of `pictures.NOTES`, and were not yet told of.
+      frames: how many there are of all that could be used since then.
     """
 
     def __init__(self, total: int, limit: float) -> None:
@@ -107,6 +109,7 @@ class Skipped:
         """
         self.total, self.limit = total, limit
         self.problems: list[tuple[str, str]] = []
+        self.notes, self.frames = Counter[str](), 0
 
     def add(self, name: str, problem: str) -> None:
         """Lists a file.
@@ -125,6 +128,13 @@ class Skipped:
             )
         if len(self.problems) <= _NAMED:
             logging.warning("skipped: %s %s", name, problem)
+
+    def say_notes(self) -> None:
+        """Tells what was done to pictures, once."""
+        for note, count in sorted(self.notes.items()):
+            done = pictures.NOTES[note]
+            logging.warning("%d of %d pictures are %s", count, self.frames, done)
+        self.notes, self.frames = Counter[str](), 0
 
 
 def decoded(items: Items, index: int, side: int, vision: VisionConfig) -> Clip:
@@ -194,14 +204,14 @@ def read_all(
     skipped: Skipped,
     bar: tqdm,
 ) -> Iterator[tuple[int, Clip]]:
-    """Decodes several; what cannot be is skipped, what was converted is said.
+    """Decodes several; what cannot be is skipped.
 
     Args:
       items: where they are.
       chosen: which of them.
       side: of the squares, pixels.
       vision: see `decoded`.
-      skipped: takes what cannot be used.
+      skipped: takes note of what cannot be used, or not as it is.
       bar: moves on by one for each.
 
     Yields:
@@ -210,16 +220,13 @@ def read_all(
     Raises:
       UserError: if too many cannot.
     """
-    notes, frames = Counter[str](), 0
     for index in chosen:
         try:
             clip = decoded(items, index, side, vision)
         except Corrupt as error:
             skipped.add(items.names[index], str(error))
         else:
-            notes.update(clip.notes)
-            frames += len(clip.pixels)
+            skipped.notes.update(clip.notes)
+            skipped.frames += len(clip.pixels)
             yield index, clip
         bar.update()
-    for note, count in sorted(notes.items()):
-        logging.warning("%d of %d pictures are %s", count, frames, pictures.NOTES[note])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 from typing import Any
@@ -168,6 +169,7 @@ def _write_parts(
     ) as bar:
         for part in left:
             _write_part(output, part, index, found, encoder, tell, vision, skipped, bar)
+    skipped.say_notes()
 
 
 def _write_part(
@@ -183,29 +185,32 @@ def _write_part(
 ) -> None:
     before = len(skipped.problems)
     chosen = _members(index, part)
-    read = dict(items.read_all(found, chosen, index.side, vision, skipped, bar))
-    clips = encoding.encode_all(encoder, [clip.pixels for clip in read.values()])
-    texts = [found.captions[number] for number in read] if found.captions else []
+    texts = [found.captions[number] for number in chosen] if found.captions else []
     told = captions.encode_all(tell, texts)
     path = latents.part_path(output, part, ".array_record")
+    for left in glob.glob(f"{glob.escape(path)}.partial-*"):
+        os.remove(left)  # of a process that was stopped
     partial = f"{path}.partial-{os.getpid()}"
+    done = Part([], [], [], [], [], [], [])
     # One record per group, so that a record can be read alone.
     writer = ArrayRecordWriter(partial, "group_size:1")
-    for place, clip in enumerate(clips):
-        record = clip.astype(index.dtype).tobytes()
-        writer.write(record + (told[place].astype("<f4").tobytes() if told else b""))
+    decoded = items.read_all(found, chosen, index.side, vision, skipped, bar)
+    for number, seconds, frames in encoding.encode_items(encoder, decoded):
+        record = frames.astype(index.dtype).tobytes()
+        if told:
+            record += told[number - chosen.start].astype("<f4").tobytes()
+            done.captions.append(list(texts[number - chosen.start]))
+        if found.classes:
+            done.classes.append(found.classes[number])
+        writer.write(record)
+        done.numbers.append(number)
+        done.names.append(found.names[number])
+        done.frames.append(len(frames))
+        done.seconds.append(seconds)
     writer.close()
     os.rename(partial, path)
-    description = Part(
-        numbers=list(read),
-        names=[found.names[number] for number in read],
-        frames=[len(clip) for clip in clips],
-        seconds=[clip.seconds for clip in read.values()],
-        classes=[found.classes[number] for number in read] if found.classes else [],
-        captions=[list(captions_of) for captions_of in texts],
-        skipped=[list(problem) for problem in skipped.problems[before:]],
-    )
-    _write_json(latents.part_path(output, part, ".json"), description)
+    done.skipped.extend([list(problem) for problem in skipped.problems[before:]])
+    _write_json(latents.part_path(output, part, ".json"), done)
 
 
 def _members(index: Index, part: int) -> range:

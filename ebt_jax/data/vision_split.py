@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ def open_raw(
       space: "image" or "video".
       base: what gives size and encoder; None: nothing else does.
       progress: show bars on stderr.
-      limit_bytes: pixels that take more memory are refused.
+      limit_bytes: what takes more memory is refused.
 
     Raises:
       UserError: for whatever cannot be found or read.
@@ -175,32 +176,34 @@ def read(
       encode_captions: what encodes their captions.
       vision: how to read them.
       skipped: takes what cannot be used.
-      limit_bytes: pixels that may take more are refused.
+      limit_bytes: what takes more is refused.
       progress: show a bar on stderr once it takes longer than a second.
 
     Raises:
       UserError: if they are too many, or too many cannot be used.
     """
-    frame_bytes = side * side * vision.channels
-    _check_size(len(chosen) * frame_bytes, limit_bytes)
-    kept, clips, total = [], [], 0
-    with corpus.progress_bar("decoding", len(chosen), progress, unit="") as bar:
-        for index, clip in items.read_all(found, chosen, side, vision, skipped, bar):
-            total += len(clip.pixels)
-            _check_size(total * frame_bytes, limit_bytes)
+    number_bytes = 1 if vision.encoder == "none" else 4
+    _check_size(len(chosen) * math.prod(encoder.shape) * number_bytes, limit_bytes)
+    kept, apart, clips, total = [], [], [], 0
+    with corpus.progress_bar("reading", len(chosen), progress, unit="") as bar:
+        decoded = items.read_all(found, chosen, side, vision, skipped, bar)
+        for index, seconds, frames in encoding.encode_items(encoder, decoded):
             kept.append(index)
-            clips.append(clip)
-    frames = encoding.encode_all(encoder, [clip.pixels for clip in clips])
+            apart.append(seconds)
+            clips.append(frames)
+            total += frames.nbytes
+            _check_size(total, limit_bytes)
+    skipped.say_notes()
     texts = [found.captions[index] for index in kept] if found.captions else []
     told = captions.encode_all(encode_captions, texts)
     return Split(
         names=[found.names[index] for index in kept],
         encoded=[
-            Encoded(latents, told[place] if told else None)
-            for place, latents in enumerate(frames)
+            Encoded(frames, told[place] if told else None)
+            for place, frames in enumerate(clips)
         ],
-        lengths=np.array([len(clip.pixels) for clip in clips], np.int64),
-        seconds=np.array([clip.seconds for clip in clips]),
+        lengths=np.array([len(frames) for frames in clips], np.int64),
+        seconds=np.array(apart),
         classes=[found.classes[index] for index in kept] if found.classes else [],
         captions=texts,
     )
@@ -252,7 +255,7 @@ def _fit_pixels(
 def _check_size(size: int, limit: int) -> None:
     if size > limit:
         raise UserError(
-            f"data.path: these pictures take more than {limit / 2**30:.3g} GiB of "
+            f"data.path: what it holds takes more than {limit / 2**30:.3g} GiB of "
             "memory; encode them once with `ebt prepare` and name its output"
         )
 
