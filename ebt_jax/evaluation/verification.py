@@ -214,12 +214,16 @@ def _replaced(ids: np.ndarray, vocab: int, rng: np.random.Generator) -> np.ndarr
 def _shuffled(
     ids: np.ndarray, starts: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """With its words in another order; its tokens, where it is one word."""
+    """With its words in another order; its tokens, where there are not two words.
+
+    The rest of a word that began before stays where it is.
+    """
     begins = np.flatnonzero(starts[ids])
-    words = np.split(ids, begins[begins > 0])
-    if len(words) == 1:
-        words = list(ids[:, None])
-    return np.concatenate([words[i] for i in rng.permutation(len(words))])
+    if len(begins) < 2:
+        return rng.permutation(ids)
+    rest, *words = np.split(ids, begins)
+    order = rng.permutation(len(words))
+    return np.concatenate([rest, *(words[i] for i in order)])
 
 
 def _batches(variants: Variants, batch_size: int) -> Iterator[NumpyBatch]:

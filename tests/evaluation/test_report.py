@@ -1,7 +1,6 @@
 """The report: what the page says and draws, whole, alone, and of damaged runs."""
 
 import dataclasses
-import html.parser
 import json
 import math
 import re
@@ -10,6 +9,7 @@ import shutil
 
 import jax
 import pytest
+from page import Page, numbers
 
 from ebt_jax import cli
 from ebt_jax.data import tokenizers
@@ -31,7 +31,6 @@ CONTEXT, TOKENS, CURVE = 16, 20, 3
 POLICY = "until:tolerance=0,steps=4"
 # What could end a script or an element of the page, if it were not escaped.
 CORPUS = "</script><b>Energy</b> & rest: it falls until nothing changes.\n" * 20
-VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "image", "path", "circle"}
 
 
 def run_config(corpus, **model):
@@ -93,44 +92,6 @@ def text(folder):
     flags = [f"--workdir={workdirs}", f"--out={out}", f"--tokens={TOKENS}"]
     assert cli.run(["report", *flags, f"--think={POLICY}"]) == 0
     return out.read_text()
-
-
-class Page(html.parser.HTMLParser):
-    """Elements of a page; a tag that does not fit the one it closes is an error."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.ids, self.words = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.ids += [value for name, value in attrs if name == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.words.append(data)
-
-    def said(self):
-        return " ".join(" ".join(self.words).split())
-
-
-def numbers(text):
-    """What the scripts of a page draw."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)
-    assert found
-    return json.loads(found[1])
 
 
 # The page -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ebt_jax.objective_config import RefineSetup
 from ebt_jax.training import checkpoint, objective
 from ebt_jax.training.config import Config, EvalConfig, resolve
 from ebt_jax.training.workdir import claim_workdir
+from ebt_jax.verbs.evaluate_judgement import data_name
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,8 @@ def test_a_table_of_all_that_is_there(capsys, folder, monkeypatch):
         (["--task=arc", "--text_key=text"], "--text_key is not for tasks"),
         (["--task=arc", "--sequences=3"], "leave it out, or give --items"),
         (["--task=arc", "--uncertainty"], "--uncertainty is not for tasks; leave it"),
+        (["--task=arc", "--verification"], "--verification is not for tasks"),
+        (["--corruptions=2"], "--corruptions is of --verification, which is not given"),
         (["--task=arc,lambada", "--data=tfds:ai2_arc"], "is of one task, but --task"),
         (["--task=all", "--data=tfds:ai2_arc"], "is of one task, but --task is 'all'"),
         (
@@ -134,13 +137,15 @@ def test_mistakes(capsys, folder, flags, message):
     assert not (folder / "run" / "tasks" / "squad.json").exists()
 
 
-def test_uncertainty_beside_the_other_results(capsys, folder):
+def test_judgements_beside_the_other_results(capsys, folder):
     path = folder / "other.txt"
     path.write_text("Energy falls until nothing changes. " * 9)
-    flags = [f"--data={path}", "--uncertainty"]
-    code, out, _ = run(capsys, folder, *flags)
+    flags = [f"--data={path}", "--uncertainty", "--verification", "--corruptions=2"]
+    code, out, _ = run(capsys, folder, *flags, "--packing=concat")
     assert code == 0
-    *_, head, energy, drop, entropy, probability, last = out.splitlines()
+    blank = "\n\n"
+    _, doubts, verified = out.split(blank)
+    head, energy, drop, entropy, probability, last = doubts.splitlines()
     assert head.split()[:2] == ["doubt", "AUROC"]
     names = [line.split()[0] for line in (energy, drop, entropy, probability)]
     assert names == ["energy", "energy_drop", "entropy", "max_probability"]
@@ -150,3 +155,22 @@ def test_uncertainty_beside_the_other_results(capsys, folder):
     )
     assert f"{found['uncertainty/wrong']:.1%} of the likeliest tokens" in last
     assert found["tokens"] == len(path.read_text()) - 1
+    assert "of 2 corruptions of each kind of 10 sequences" in verified
+    assert f"{found['verification/energy/shuffled']:.1%} (" in verified
+    for kind in ("uncertainty", "verification"):
+        kept = json.loads((folder / "run" / kind / "other.json").read_text())
+        assert kept["data"] == str(path) and kept["checkpoint"] == 1
+        assert kept["think"] is None
+        for name, value in kept["results"].items():
+            assert found[f"{kind}/{name}"] == value
+
+
+def test_names_of_what_was_scored():
+    names = {
+        None: "held_out",
+        "corpus/other.txt.gz": "other",
+        "tfds:lm1b/test": "test",
+        "a b/*": "a_b",
+        "..": "data",
+    }
+    assert {data: data_name(data) for data in names} == names

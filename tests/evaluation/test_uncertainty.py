@@ -15,6 +15,7 @@ from ebt_jax.evaluation.uncertainty import (
     Doubts,
     auroc,
     calibration_error,
+    doubt_curves,
     find_doubts,
     judge,
     rank_correlation,
@@ -159,3 +160,19 @@ def test_judgement_and_its_table():
     assert energy.split()[:2] == ["energy", f"{found['auroc/energy']:.4f}"]
     assert other.startswith("max_probability")
     assert f"{wrong.mean():.1%} of the likeliest tokens are wrong" in last
+
+
+def test_curves_of_doubt():
+    doubt, wrong = drawn()
+    nll = wrong + doubt
+    (curve,) = doubt_curves(Doubts(nll, wrong, {"energy": doubt})).values()
+    every = risk_coverage(doubt, wrong)
+    assert len(curve["risk"]) == len(curve["coverage"]) == 20
+    assert curve["coverage"][-1] == 1 and curve["risk"][-1] == every[-1]
+    assert curve["coverage"][4] == 0.25 and curve["risk"][4] == every[14]
+    assert len(curve["nll"]) == 10 and sorted(curve["doubt"]) == curve["doubt"]
+    order = np.argsort(doubt, kind="stable")
+    assert curve["nll"][0] == pytest.approx(nll[order[:6]].mean())
+    assert curve["wrong"][9] == pytest.approx(wrong[order[-6:]].mean())
+    few = doubt_curves(Doubts(nll[:3], wrong[:3], {"energy": doubt[:3]}))
+    assert len(few["energy"]["nll"]) == 3
