@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -64,3 +65,12 @@ def results_table(about: dict[str, Any], results: dict[str, float]) -> str:
         number = f"{value:,.0f}" if name in ("tokens", "sequences") else f"{value:.5g}"
         lines.append(f"{name:<24}{number:<12}{notes.get(name, '')}".rstrip())
     return "\n".join(lines)
+
+
+def plain(value: Any) -> Any:
+    """None in place of numbers that are not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,6 @@ was scored, from which `ebt report` draws them.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from absl import flags
 
 from ebt_jax.command import Flag
 from ebt_jax.errors import UserError
-from ebt_jax.verbs.common import POSITIVE
+from ebt_jax.verbs.common import POSITIVE, plain
 
 if TYPE_CHECKING:
     from ebt_jax.thinking import Thinking
@@ -114,7 +113,7 @@ def keep(
     from ebt_jax.training.writers import storage_explained
 
     file = workdir / folder / f"{data_name(data)}.json"
-    text = json.dumps(_plain(dict(content)), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(plain(dict(content)), indent=1, allow_nan=False) + "\n"
     with storage_explained():
         file.parent.mkdir(exist_ok=True)
         replace_text(file, text)
@@ -193,12 +192,3 @@ def _verification(
         place=lambda batches: Spread(batches, trained.mesh),
     )
     return found, verification_table(found)
-
-
-def _plain(value: Any) -> Any:
-    """None in place of numbers that are not finite, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from absl import flags
 
 from ebt_jax.command import Flag, suggest
 from ebt_jax.errors import UserError
-from ebt_jax.verbs.common import COUNT, required
+from ebt_jax.verbs.common import COUNT, plain, required
 from ebt_jax.verbs.model import open_trained
 from ebt_jax.verbs.thinking import check_thinks, parse_thinking
 
@@ -89,7 +88,7 @@ def run(values: flags.FlagValues) -> None:
         _write(path / "tasks" / f"{name}.json", about, values, results[name])
     if values.json:
         numbers = {name: _summary(result) for name, result in results.items()}
-        print(json.dumps(about | {"tasks": _plain(numbers)}, allow_nan=False))
+        print(json.dumps(about | {"tasks": plain(numbers)}, allow_nan=False))
     else:
         print(table(results))
 
@@ -159,8 +158,8 @@ def _write(
     from ebt_jax.training.writers import storage_explained
 
     head = about | {"think": values.think} | _summary(result)
-    text = json.dumps(_plain(head), indent=1, allow_nan=False)
-    rows = [json.dumps(_plain(row), allow_nan=False) for row in result.items]
+    text = json.dumps(plain(head), indent=1, allow_nan=False)
+    rows = [json.dumps(plain(row), allow_nan=False) for row in result.items]
     scores = ",\n".join(f"  {row}" for row in rows)
     with storage_explained():
         replace_text(file, f'{text[:-2]},\n "scores": [\n{scores}\n ]\n}}\n')
@@ -172,12 +171,3 @@ def _summary(result: Result) -> dict[str, Any]:
         "counts": result.counts,
         "results": result.numbers,
     }
-
-
-def _plain(value: Any) -> Any:
-    """None in place of numbers that are not finite, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

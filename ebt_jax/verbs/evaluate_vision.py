@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from absl import flags
 
 from ebt_jax.command import Flag
 from ebt_jax.errors import UserError
-from ebt_jax.verbs.common import COUNT, results_table
+from ebt_jax.verbs import evaluate_judgement
+from ebt_jax.verbs.common import COUNT, plain, results_table
 from ebt_jax.verbs.model import Loaded, Spread, load_resolved, parse_mesh
 from ebt_jax.verbs.thinking import check_thinks
 
@@ -39,7 +39,7 @@ FLAGS = (
 _OF = {
     "image": ("noise_levels", "passes", "probe", "fid", "retrieval"),
     "video": ("horizons",),
-    "text": ("text_key", "packing", "uncertainty", "verification"),
+    "text": ("text_key", "packing", *(flag.name for flag in evaluate_judgement.FLAGS)),
 }
 LEAST_STEPS = 3  # refinement steps that a table goes up to, at least
 FILTERED = 256  # training pictures that the width of a filter is chosen on
@@ -102,6 +102,8 @@ def run(
 ) -> None:
     """Scores pictures or clips with a checkpoint and prints the results.
 
+    They are kept in the workdir, too, for `ebt report`.
+
     Args:
       values: of the flags.
       path: the workdir.
@@ -158,9 +160,11 @@ def run(
         "checkpoint": loaded.step,
         "data": values.data or f"held-out part of {data.held_out_path or data.path}",
     }
+    numbers = about | results | {part.name: part.numbers for part in parts}
+    content = numbers | {"think": values.think}
+    evaluate_judgement.keep(path, "vision", values.data, content)
     if values.json:
-        numbers = about | results | {part.name: part.numbers for part in parts}
-        print(json.dumps(_plain(numbers), allow_nan=False))
+        print(json.dumps(plain(numbers), allow_nan=False))
     else:
         print(
             "\n\n".join([results_table(about, results), *(part.text for part in parts)])
@@ -396,12 +400,3 @@ def _objective(config: Config, diffusion: DiffusionConfig) -> Objective:
     from ebt_jax.training.objective import build_objective
 
     return build_objective(dataclasses.replace(config, diffusion=diffusion))
-
-
-def _plain(value: Any) -> Any:
-    """None in place of numbers that are not finite, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -125,6 +125,8 @@ def test_images_as_json(capsys, runs):
     found = said["retrieval"]
     assert found["pictures"] == 8 and found["chance"] == pytest.approx(1 / 3)
     assert 0 <= found["low"] <= found["accuracy"] <= found["high"] <= 1
+    kept = json.loads((runs / "images" / "vision" / "held_out.json").read_text())
+    assert kept == said | {"think": None}
 
 
 def test_dit_on_other_pictures_as_a_table(capsys, runs):
@@ -160,6 +162,7 @@ def test_video_by_horizon(capsys, runs):
         ("images", ["--horizons=2"], "--horizons is of video, but the run is of image"),
         ("video", ["--probe"], "--probe is of image, but the run is of video"),
         ("images", ["--packing=concat"], "--packing is of text, but the run is of im"),
+        ("video", ["--uncertainty"], "--uncertainty is of text, but the run is of vid"),
         ("images", ["--task=arc", "--data=."], "--task is of text, but the run is of"),
         ("images", ["--passes=1,two"], "--passes has 'two', but takes whole numbers"),
         ("images", ["--passes=0"], "0 passes are asked for"),

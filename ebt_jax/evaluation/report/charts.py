@@ -10,10 +10,12 @@ import numpy as np
 
 from ebt_jax.evaluation.report.runs import (
     Run,
+    measure,
     series,
     thinking_curve,
     thinned,
     tokens_per_step,
+    units,
 )
 from ebt_jax.evaluation.report.shift import gains
 from ebt_jax.evaluation.report.thinking import Thoughts
@@ -24,11 +26,11 @@ Chart = dict[str, Any]
 
 
 def learning_chart(runs: Sequence[Run]) -> Chart:
-    """Training loss and held-out nll of all runs."""
+    """Training and held-out loss of all runs."""
     curves = []
     for i, run in enumerate(runs):
         loss, size = thinned(series(run.rows, "train/loss"), MOST_POINTS)
-        held_out, _ = thinned(series(run.rows, "eval/nll"), MOST_POINTS)
+        held_out, _ = thinned(series(run.rows, f"eval/{measure(run)}"), MOST_POINTS)
         per_step = tokens_per_step(run)
         means = f", means of {size}" if size > 1 else ""
         curves += [
@@ -38,10 +40,10 @@ def learning_chart(runs: Sequence[Run]) -> Chart:
     return {
         "axes": [
             {"name": "step", "label": "optimiser step", "integer": True},
-            {"name": "tokens", "label": "tokens trained on", "integer": True},
+            {"name": "tokens", "label": f"{units(runs)} trained on", "integer": True},
             {"name": "seconds", "label": "seconds of training", "integer": False},
         ],
-        "y": "nats per token",
+        "y": losses(runs),
         "log": True,
         "cut": True,
         "series": [curve for curve in curves if curve["y"]],
@@ -49,16 +51,22 @@ def learning_chart(runs: Sequence[Run]) -> Chart:
 
 
 def thinking_chart(runs: Sequence[Run]) -> Chart:
-    """Held-out nll against refinement steps; a line across where there are none."""
+    """Held-out loss against refinement steps; a line across where there are none."""
     curves = []
     for i, run in enumerate(runs):
-        curve = thinking_curve(run.results)
+        curve, loss = thinking_curve(run), f"eval/{measure(run)}"
         if curve:
             curves.append(_stepwise(run.name, i, 1, curve))
-        elif "eval/nll" in run.results and "eval/energy_gap" not in run.results:
-            nll = run.results["eval/nll"]
-            curves.append({"label": run.name, "run": i, "kind": "level", "y": nll})
-    return _per_step("refinement step", "held-out nats per token", curves)
+        elif loss in run.results and "eval/energy_gap" not in run.results:
+            level = run.results[loss]
+            curves.append({"label": run.name, "run": i, "kind": "level", "y": level})
+    return _per_step("refinement step", f"held-out {losses(runs)}", curves)
+
+
+def losses(runs: Sequence[Run]) -> str:
+    """What the held-out losses of runs are."""
+    names = {"nll": "nats per token", "smooth_l1": "smooth L1"}
+    return " or ".join(dict.fromkeys(names[measure(run)] for run in runs))
 
 
 def energy_chart(runs: Sequence[Run], thoughts: Sequence[Thoughts | None]) -> Chart:

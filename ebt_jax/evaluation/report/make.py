@@ -108,6 +108,8 @@ def _look_into(
 ) -> Thoughts | None:
     if run.config is None:
         return None  # its notes say why
+    if run.config.model.space != "text":
+        return None  # it predicts no tokens
     _say(f"{run.name}: running the model over {tokens} held-out tokens")
     try:
         thoughts = think_over(run.path, tokens=tokens, steps=steps, thinking=thinking)

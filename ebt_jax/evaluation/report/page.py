@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ebt_jax.evaluation import report
-from ebt_jax.evaluation.report import charts, judgements, pictures, shift, tables
+from ebt_jax.evaluation.report import (
+    charts,
+    judgements,
+    pictures,
+    shift,
+    tables,
+    vision,
+)
 from ebt_jax.evaluation.report.runs import Run
 from ebt_jax.evaluation.report.thinking import Thoughts
 
@@ -36,6 +43,8 @@ def page(runs: Sequence[Run], thoughts: Sequence[Thoughts | None], command: str)
     sections = [
         *tables.results(runs),
         *tables.problems(runs),
+        *vision.samples(runs),
+        *vision.measured(runs),
         *pictures.learning(drawn),
         *pictures.thinking(drawn, runs, thoughts),
         *pictures.policy(runs, thoughts),

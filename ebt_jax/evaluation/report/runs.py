@@ -156,13 +156,31 @@ def thinned(
     return [(round(step), seconds, value) for step, seconds, value in means], size
 
 
-def thinking_curve(results: dict[str, float]) -> list[float]:
-    """Held-out nll after 1, 2, ... refinement steps; empty if there is no curve."""
-    curve, step = [], 1
-    while f"thinking/nll/step_{step}" in results:
-        curve.append(results[f"thinking/nll/step_{step}"])
+def thinking_curve(run: Run) -> list[float]:
+    """Held-out loss after 1, 2, ... refinement steps; empty if there is no curve."""
+    curve, step, name = [], 1, f"thinking/{measure(run)}/step"
+    while f"{name}_{step}" in run.results:
+        curve.append(run.results[f"{name}_{step}"])
         step += 1
     return curve
+
+
+def measure(run: Run) -> str:
+    """What a run's held-out loss is: `nll` of text, else `smooth_l1`."""
+    return "nll" if space(run) == "text" else "smooth_l1"
+
+
+def units(runs: Sequence[Run]) -> str:
+    """What is counted in runs: tokens, frames or images."""
+    names = {"text": "tokens", "video": "frames", "image": "images"}
+    return " or ".join(dict.fromkeys(names[space(run)] for run in runs))
+
+
+def space(run: Run) -> str:
+    """What a run predicts: text, video or image."""
+    known = "model.space" in run.settings  # older runs say nothing of it
+    found = run.settings["model.space"] if known else "text"
+    return found if found in ("video", "image") else "text"
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -236,7 +254,7 @@ def _read_results(path: Path, rows: list[Row], notes: list[str]) -> dict[str, fl
     except (OSError, ValueError, AttributeError) as error:
         why = f"summary.json cannot be read ({_reason(error)})"
     notes.append(f"{why}; results are those of the last evaluation in metrics.jsonl")
-    evaluated = [row for row in rows if "eval/nll" in row]
+    evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
     return evaluated[-1] if evaluated else {}
 
 

@@ -17,7 +17,13 @@ from ebt_jax.evaluation.report.markup import (
     run_name,
     table,
 )
-from ebt_jax.evaluation.report.runs import Run, Scalars, differing, thinking_curve
+from ebt_jax.evaluation.report.runs import (
+    Run,
+    Scalars,
+    differing,
+    space,
+    thinking_curve,
+)
 from ebt_jax.refine import make_schedule
 
 HELD_OUT = "held-out text"
@@ -47,10 +53,10 @@ def gains(run: Run) -> dict[str, Gain]:
 
     Empty for a model that does not think, and where no more steps were scored.
     """
-    if run.config is None or run.config.model.kind != "ebt":
+    if run.config is None or run.config.model.kind != "ebt" or space(run) != "text":
         return {}
     trained = run.config.eval.num_steps or int(make_schedule(run.config.refine).length)
-    curves = {HELD_OUT: thinking_curve(run.results)}
+    curves = {HELD_OUT: thinking_curve(run)}
     curves |= {name: _curve(task) for name, task in run.tasks.items()}
     held_out = curves[HELD_OUT]
     if len(held_out) < trained:

@@ -19,10 +19,16 @@ from ebt_jax.evaluation.report.markup import (
     run_name,
     table,
 )
-from ebt_jax.evaluation.report.runs import Run, differing, series, tokens_per_step
+from ebt_jax.evaluation.report.runs import (
+    Run,
+    differing,
+    series,
+    tokens_per_step,
+    units,
+)
 from ebt_jax.training.objective import build_objective
 
-KINDS = {"ebt": "EBT", "transformer_pp": "Transformer++"}
+KINDS = {"ebt": "EBT", "transformer_pp": "Transformer++", "dit": "DiT"}
 SIDE_BY_SIDE = 3  # runs whose tables are narrow enough
 
 # Results of a task that stand in the table of all tasks; the others are folded away.
@@ -40,18 +46,21 @@ HEADLINES = {
 
 def results(runs: Sequence[Run]) -> list[Section]:
     """What came out of each run, and what they do not have in common."""
+    counted = units(runs)
     rows = {
         "model": [kind(run) or DASH for run in runs],
         "parameters": [number(_parameters(run)) for run in runs],
         "optimiser steps": [_steps(run) for run in runs],
-        "tokens trained on": [number(_tokens_seen(run)) for run in runs],
+        f"{counted} trained on": [number(_tokens_seen(run)) for run in runs],
         "held-out nll, nats per token": _result(runs, "eval/nll"),
+        "held-out smooth L1": _result(runs, "eval/smooth_l1"),
+        "PSNR, dB": _result(runs, "eval/psnr"),
         "perplexity": _result(runs, "eval/perplexity"),
         "bits per byte": _result(runs, "eval/bits_per_byte"),
         "energy, before": _result(runs, "eval/energy_before"),
         "energy, after": _result(runs, "eval/energy_after"),
         "training time": [_duration(run) for run in runs],
-        "tokens per second, median": [number(_speed(run)) for run in runs],
+        f"{counted} per second, median": [number(_speed(run)) for run in runs],
         "devices": [_device(run) for run in runs],
     }
     rows = {
@@ -206,5 +215,5 @@ def _device(run: Run) -> str:
 
 
 def _speed(run: Run) -> float | None:
-    speeds = [speed for _, _, speed in series(run.rows, "tokens_per_second")]
+    speeds = [speed for _, _, speed in series(run.rows, f"{units([run])}_per_second")]
     return round(statistics.median(speeds)) if speeds else None
