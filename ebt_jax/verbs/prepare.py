@@ -26,13 +26,18 @@ def run(values: flags.FlagValues) -> None:
         text_key=values.text_key,
     )
     if config.model.space == "text":
-        if values.process_count > 1:
+        if values.process_count > 1 or values.process_index:
             raise UserError(
-                f"--process_count is {values.process_count}, but text is prepared by "
-                "one process; leave it out"
+                "--process_index and --process_count are of pictures and videos, but "
+                "text is prepared by one process; leave them out"
             )
         prepare(data, output)
         return
+    if values.tokenizer is not None or values.text_key is not None:
+        raise UserError(
+            "--tokenizer and --text_key are of text, but model.space is "
+            f"{config.model.space!r}; leave them out"
+        )
     from ebt_jax.data.prepare_vision import prepare_vision
 
     whole = prepare_vision(
