@@ -23,6 +23,7 @@ FLAGS = (
     Flag("task", "benchmark tasks, joined by commas, or all of those in --data"),
     Flag("items", "how many items of each task, from the first; 0 for all", 0, COUNT),
 )
+AS_TRAINED = "as trained"  # stands for no --think among policies
 _NOT_OF_TASKS = (
     "text_key",
     "packing",
@@ -153,16 +154,35 @@ def _energy(config: Any) -> Any:
 def _write(
     file: Path, about: dict[str, Any], values: flags.FlagValues, result: Result
 ) -> None:
-    """Writes a task's results, its items one to a line, in one go."""
+    """Writes a task's results, its items one to a line, in one go.
+
+    What the same items gave with other policies of thinking stays in the file.
+    """
     from ebt_jax.training.workdir import replace_text
     from ebt_jax.training.writers import storage_explained
 
     head = about | {"think": values.think} | _summary(result)
+    policies = _by_policy(file, head)
+    policies[values.think or AS_TRAINED] = result.numbers
+    head["policies"] = policies
     text = json.dumps(plain(head), indent=1, allow_nan=False)
     rows = [json.dumps(plain(row), allow_nan=False) for row in result.items]
     scores = ",\n".join(f"  {row}" for row in rows)
     with storage_explained():
         replace_text(file, f'{text[:-2]},\n "scores": [\n{scores}\n ]\n}}\n')
+
+
+def _by_policy(file: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """Results that are in the file, where they are of the same checkpoint and items."""
+    if not file.is_file():
+        return {}
+    try:
+        old = json.loads(file.read_text())
+        if all(old[key] == head[key] for key in ("checkpoint", "sources", "counts")):
+            return dict(old["policies"])
+    except (ValueError, KeyError, TypeError):
+        return {}  # damaged, or of an older version: it is replaced
+    return {}
 
 
 def _summary(result: Result) -> dict[str, Any]:

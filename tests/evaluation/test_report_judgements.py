@@ -106,25 +106,46 @@ def test_verification_is_shown_with_its_intervals(tmp_path, two):
     assert "excess energy ebt" not in said
 
 
+def steps(curve):
+    return {f"nll/step_{i}": value for i, value in enumerate(curve, 1)}
+
+
+def add_task(path, name, **policies):
+    policies = {
+        policy.replace("_", ":"): numbers for policy, numbers in policies.items()
+    }
+    last = list(policies.values())[-1]
+    add(path, "tasks", name, {"results": last, "policies": policies})
+
+
 def test_gain_of_thinking_against_shift(tmp_path, two):
     ebt, plain = two
-    steps = {f"nll/step_{i}": value for i, value in enumerate(TASK, 1)}
-    add(ebt, "tasks", "dyck", {"results": {"nll": TASK[-1], **steps}})
-    add(ebt, "tasks", "one_step", {"results": {"nll/step_1": 2.0}})
-    add(plain, "tasks", "dyck", {"results": {"nll": 2.25}})
+    best = {"nll": 2.0}
+    add_task(ebt, "dyck", fixed=steps(TASK) | {"nll": TASK[-1]}, best_n=best)
+    add_task(ebt, "one_step", fixed=steps([2.0]))
+    add(ebt, "tasks", "old", {"results": {"nll": 2.0}})
+    add_task(plain, "dyck", trained={"nll": 2.25})
     found = gains(read_run(ebt, "ebt"))
-    assert list(found) == ["held-out text", "dyck"]
-    held_out, dyck = found.values()
-    assert held_out.shift == 1 and held_out.most == 3
+    names = [(gain.data, gain.way, gain.steps) for gain in found]
+    assert names == [
+        ("held-out text", "more steps", 3),
+        ("dyck", "more steps", 4),
+        ("dyck", "best:n", 0),
+    ]
+    held_out, dyck, best = found
+    assert held_out.shift == 1 and dyck.shift == pytest.approx(math.exp(2.5 - 1.5))
     assert held_out.share == pytest.approx(1 - math.exp(1.25 - 1.5))
-    assert dyck.shift == pytest.approx(math.exp(2.5 - 1.5)) and dyck.most == 4
     assert dyck.share == pytest.approx(1 - math.exp(1.75 - 2.5))
-    assert gains(read_run(plain, "plain")) == {}
+    assert best.share == pytest.approx(1 - math.exp(2.0 - 2.5))
+    assert gains(read_run(plain, "plain")) == []
     text = report(tmp_path, ebt, plain)
     said = Page(text).said().replace("\xa0", " ")
-    assert "held-out text ebt 4.482 1.00 2 to 3 +22.1 %" in said
-    assert "dyck ebt 12.18 2.72 2 to 4 +52.8 %" in said
+    assert "held-out text ebt 3 steps 4.482 1.00 +22.1 %" in said
+    assert "dyck ebt 4 steps 12.18 2.72 +52.8 %" in said
+    assert "dyck ebt best:n 12.18 2.72 +39.3 %" in said
+    assert "policies." not in said
     (series,) = numbers(text)["charts"]["shift"]["series"]
+    assert series["label"] == "ebt, more steps"
     assert series["x"]["shift"] == [1.0, 2.7183]
 
 
@@ -134,11 +155,13 @@ def test_runs_that_differ_in_their_seed_share_a_row(tmp_path):
         write(tmp_path / "s2-1", seed=1, nll=1.75, curve=[2.0, 1.5, 1.5]),
         write(tmp_path / "wide", seed=0, nll=1.25, ffn_multiplier=2.0),
     ]
+    add_task(paths[0], "dyck", fixed=steps(TASK), best_n={"nll": 2.5})
     said = Page(report(tmp_path, *paths)).said()
+    assert "held-out text, 3 steps gain, %: dyck, 4 steps gain, %: dyck, best:n" in said
     gain = 100 * (1 - math.exp(-0.25))
     mean, deviation = gain / 2, gain / math.sqrt(2)
     nll = f"1.6250 ± {0.25 / math.sqrt(2):.4f}"
-    assert f"2 {nll} {mean:.2f} ± {deviation:.2f}" in said
+    assert f"2 {nll} {mean:.2f} ± {deviation:.2f} 52.76 0.00" in said
     assert f"wide model. ffn_ multiplier 2 1 1.2500 {gain:.2f}" in said
     assert "s2 model. ffn_ multiplier 1 2" in said
     assert "Over seeds" not in Page(report(tmp_path, *paths[1:])).said()

@@ -100,6 +100,30 @@ def test_a_table_of_all_that_is_there(capsys, folder, monkeypatch):
     assert "left out: task gsm8k: nothing is there in" in err
 
 
+def test_results_of_several_policies_are_kept_while_items_are_the_same(
+    capsys, folder, monkeypatch
+):
+    def run_task(name, task, sources, examinee, *, limit, progress, warn):
+        nll = 1.0 / examinee.thinking.best_of
+        return Result({"items": limit}, sources, {"nll": nll}, [])
+
+    monkeypatch.setattr("ebt_jax.evaluation.tasks.run.run_task", run_task)
+    file = folder / "run" / "tasks" / "arc.json"
+
+    def policies(*flags):
+        flags = ["--task=arc", f"--data={folder / 'data'}", *flags]
+        assert run(capsys, folder, *flags)[0] == 0
+        return json.loads(file.read_text())["policies"]
+
+    trained = {"as trained": {"nll": 1.0}}
+    file.write_text('["not of a task"]')
+    assert policies("--items=1") == trained
+    both = trained | {"best_of:n=2": {"nll": 0.5}}
+    assert policies("--items=1", "--think=best_of:n=2") == both
+    assert policies("--items=1") == both
+    assert policies("--items=2") == trained
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -93,13 +93,15 @@ def shift_chart(runs: Sequence[Run]) -> Chart:
     """Gain of thinking, per cent, against how far data is from that of training."""
     curves = []
     for i, run in enumerate(runs):
-        found = sorted((gain.shift, 100 * gain.share) for gain in gains(run).values())
-        if len(found) < 2:
-            continue  # nothing but held-out text
-        x, y = zip(*found, strict=True)
-        shifts = {"shift": finite_list(x)}
-        about = {"label": run.name, "run": i, "kind": "thick"}
-        curves.append({**about, "x": shifts, "y": finite_list(y)})
+        found = gains(run)
+        for way in dict.fromkeys(gain.way for gain in found):
+            these = [gain for gain in found if gain.way == way]
+            if len(these) < 2:
+                continue  # such as nothing but held-out text
+            about = {"label": f"{run.name}, {way}", "run": i, "kind": "thick"}
+            x = {"shift": finite_list([gain.shift for gain in these])}
+            y = finite_list([100 * gain.share for gain in these])
+            curves.append({**about, "x": x, "y": y})
     label = "shift: perplexity / held-out perplexity"
     axes = [{"name": "shift", "label": label, "integer": False}]
     y = "gain of thinking, %"

@@ -45,6 +45,7 @@ class Run(NamedTuple):
       results: `summary.json`, else the last evaluation of the metrics.
       environments: what it ran on, see `training.environment`; empty if not known.
       tasks: benchmark tasks by name, what is scalar in their files, dotted keys.
+      policies: by the same names, numbers by the policy of thinking that gave them.
       doubts: measures of doubt, by the name of what was scored.
       verified: what `ebt evaluate --verification` found, by the same, `verify`.
       notes: what is missing or damaged, a sentence each.
@@ -58,6 +59,7 @@ class Run(NamedTuple):
     results: dict[str, float]
     environments: list[dict[str, Any]]
     tasks: dict[str, Scalars]
+    policies: dict[str, dict[str, dict[str, float]]]
     doubts: dict[str, Doubted]
     verified: dict[str, dict[str, float]]
     notes: list[str]
@@ -100,7 +102,8 @@ def read_run(path: Path, name: str) -> Run:
         rows=rows,
         results=results,
         environments=_read_environments(path, notes),
-        tasks=_read_folder(path, "tasks", flat, notes),
+        tasks=_read_folder(path, "tasks", _scores, notes),
+        policies=_read_folder(path, "tasks", _by_policy, []),  # notes are above
         doubts=_read_folder(path, "uncertainty", _doubted, notes),
         verified=_read_folder(
             path, "verification", lambda found: _numbers(found["results"]), notes
@@ -277,6 +280,16 @@ def _read_folder(
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             notes.append(f"{folder}/{file.name} cannot be read ({_reason(error)})")
     return found
+
+
+def _scores(task: dict[str, Any]) -> Scalars:
+    return flat({key: value for key, value in task.items() if key != "policies"})
+
+
+def _by_policy(task: dict[str, Any]) -> dict[str, dict[str, float]]:
+    if "policies" not in task:
+        return {}  # as older versions wrote it
+    return {policy: _numbers(found) for policy, found in task["policies"].items()}
 
 
 def _doubted(found: dict[str, Any]) -> Doubted:

@@ -19,57 +19,68 @@ from ebt_jax.evaluation.report.markup import (
 )
 from ebt_jax.evaluation.report.runs import (
     Run,
-    Scalars,
     differing,
+    measure,
     space,
     thinking_curve,
 )
 from ebt_jax.refine import make_schedule
 
 HELD_OUT = "held-out text"
-_PER_STEP = "results.nll/step_"
+MORE_STEPS = "more steps"
 
 
 class Gain(NamedTuple):
-    """What more steps than in training do to the perplexity of some data.
+    """What thinking does to the perplexity of some data.
 
     Attributes:
+      data: its name.
+      way: how it was thought: `MORE_STEPS`, or a policy as `--think` has it.
+      steps: the most steps that were scored of the former; 0 of a policy.
       perplexity: with the trained number of steps.
       shift: that divided by the held-out one; how far the data is from training.
-      trained: steps.
-      most: the most steps that were scored.
-      share: how much lower perplexity is with them; 0.1 is 10 %, below 0 it is higher.
+      share: how much lower perplexity gets; 0.1 is 10 %, below 0 it gets higher.
     """
 
+    data: str
+    way: str
+    steps: int
     perplexity: float
     shift: float
-    trained: int
-    most: int
     share: float
 
 
-def gains(run: Run) -> dict[str, Gain]:
-    """Gains by data: held-out text, then the benchmark tasks scored step by step.
+def gains(run: Run) -> list[Gain]:
+    """Gains of a run, first on held-out text, then on benchmark tasks by shift.
 
-    Empty for a model that does not think, and where no more steps were scored.
+    More steps are those of held-out text at the end of training, and of the tasks that
+    were scored step by step. Policies are those that tasks were scored with besides, on
+    the same items. Empty for a model that does not think.
     """
     if run.config is None or run.config.model.kind != "ebt" or space(run) != "text":
-        return {}
+        return []
     trained = run.config.eval.num_steps or int(make_schedule(run.config.refine).length)
-    curves = {HELD_OUT: thinking_curve(run)}
-    curves |= {name: _curve(task) for name, task in run.tasks.items()}
-    held_out = curves[HELD_OUT]
+    held_out = thinking_curve(run)
     if len(held_out) < trained:
-        return {}
-    found = {}
-    for name, nll in curves.items():
-        if len(nll) <= trained:
+        return []
+    base = held_out[trained - 1]
+    found = []
+    if len(held_out) > trained:
+        found.append(_gain(HELD_OUT, MORE_STEPS, len(held_out), base, base, held_out))
+    for data, policies in run.policies.items():
+        curves = [_curve(numbers) for numbers in policies.values()]
+        curve = max(curves, key=len, default=[])
+        if len(curve) < trained:
             continue
-        at, most = nll[trained - 1], nll[-1]
-        shift = _exp(at - held_out[trained - 1])
-        share = 1 - _exp(most - at)
-        found[name] = Gain(_exp(at), shift, trained, len(nll), share)
-    return found
+        at = curve[trained - 1]
+        if len(curve) > trained:
+            found.append(_gain(data, MORE_STEPS, len(curve), at, base, curve))
+        found += [
+            _gain(data, policy, 0, at, base, [numbers["nll"]])
+            for policy, numbers in policies.items()
+            if not _curve(numbers) and "nll" in numbers
+        ]
+    return sorted(found, key=lambda gain: (gain.data != HELD_OUT, gain.shift))
 
 
 def shift_section(runs: Sequence[Run], drawn: bool) -> list[Section]:
@@ -79,29 +90,29 @@ def shift_section(runs: Sequence[Run], drawn: bool) -> list[Section]:
       runs: in the order of the page.
       drawn: whether there is a chart `shift`.
     """
+    found = [(i, run, gain) for i, run in enumerate(runs) for gain in gains(run)]
+    if not any(gain.data != HELD_OUT for _, _, gain in found):
+        return []
     rows = [
         [
-            breakable(name),
+            breakable(gain.data),
             run_name(i, run),
+            breakable(said(gain)),
             number(gain.perplexity),
             f"{gain.shift:.2f}",
-            f"{gain.trained} to {gain.most}",
             percent(gain.share),
         ]
-        for i, run in enumerate(runs)
-        for name, gain in sorted(gains(run).items(), key=lambda item: item[1].shift)
+        for i, run, gain in found
     ]
-    if not any(len(gains(run)) > 1 for run in runs):
-        return []
     about = (
-        '<p class="faint">How much lower perplexity gets by more steps than in '
+        '<p class="faint">How much lower perplexity gets by thinking more than in '
         "training. Shift: the perplexity of the data divided by that of held-out text, "
-        "both with the trained number of steps.</p>"
+        "both as trained.</p>"
     )
     figure = ""
     if drawn:
         figure = chart_figure("shift", "Gain by thinking against shift.")
-    head = ["data", "run", "perplexity", "shift", "steps", "gain"]
+    head = ["data", "run", "how", "perplexity", "shift", "gain"]
     content = f'{about}<div class="charts">{figure}{table(head, rows)}</div>'
     return [("shift", "What thinking gains on other data", content)]
 
@@ -113,15 +124,16 @@ def seeds_section(runs: Sequence[Run]) -> list[Section]:
         return []
     firsts = [group[0] for group in groups]
     changed = [key for key in differing(firsts) if key != "train.seed"]
-    by_run = [[gains(run) for run in group] for group in groups]
-    names = list(
-        dict.fromkeys(name for each in by_run for found in each for name in found)
-    )
+    by_group = [[gain for run in group for gain in gains(run)] for group in groups]
+    every = sorted((gain for found in by_group for gain in found), key=_column)
+    columns = {_column(gain): said(gain) for gain in every}
     rows = []
-    for group, found in zip(groups, by_run, strict=True):
-        held_out = [r.results["eval/nll"] for r in group if "eval/nll" in r.results]
+    for group, found in zip(groups, by_group, strict=True):
+        losses = [(run.results, f"eval/{measure(run)}") for run in group]
+        held_out = [results[name] for results, name in losses if name in results]
         shares = [
-            [100 * each[name].share for each in found if name in each] for name in names
+            [100 * gain.share for gain in found if _column(gain) == column]
+            for column in columns
         ]
         rows.append(
             [
@@ -136,13 +148,16 @@ def seeds_section(runs: Sequence[Run]) -> list[Section]:
         "config",
         "what differs",
         "seeds",
-        "held-out nll",
-        *(f"gain, {breakable(name)}, %" for name in names),
+        "held-out loss",
+        *(
+            f"gain, %: {breakable(data)}, {breakable(how)}"
+            for (_, data, _), how in columns.items()
+        ),
     ]
     about = (
         '<p class="faint">Mean and, behind ±, standard deviation over runs that differ '
-        "in nothing but their seed. Gain: how much lower perplexity gets by more steps "
-        "than in training, in per cent.</p>"
+        "in nothing but their seed. Gain: how much lower perplexity gets by thinking "
+        "more than in training, in per cent.</p>"
     )
     return [("seeds", "Over seeds", about + table(head, rows))]
 
@@ -192,11 +207,28 @@ def _common_name(group: Sequence[Run]) -> str:
     return common.rstrip("-_./ =") or group[0].name
 
 
-def _curve(task: Scalars) -> list[float]:
-    """Nll of a task after 1, 2, ... steps; empty if there is none."""
+def said(gain: Gain) -> str:
+    """How it was thought, for people."""
+    return f"{gain.steps} steps" if gain.way == MORE_STEPS else gain.way
+
+
+def _column(gain: Gain) -> tuple[bool, str, str]:
+    """What gains of several runs have in common; held-out text comes first."""
+    return gain.data != HELD_OUT, gain.data, said(gain)
+
+
+def _gain(
+    data: str, way: str, steps: int, at: float, base: float, nll: Sequence[float]
+) -> Gain:
+    """Of nll `at` the trained number of steps, and nll that ends with the way's."""
+    return Gain(data, way, steps, _exp(at), _exp(at - base), 1 - _exp(nll[-1] - at))
+
+
+def _curve(numbers: dict[str, float]) -> list[float]:
+    """Nll after 1, 2, ... steps; empty if it was not found step by step."""
     curve: list[float] = []
-    while f"{_PER_STEP}{len(curve) + 1}" in task:
-        curve.append(float(task[f"{_PER_STEP}{len(curve) + 1}"]))
+    while (name := f"nll/step_{len(curve) + 1}") in numbers:
+        curve.append(numbers[name])
     return curve
 
 
