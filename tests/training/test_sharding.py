@@ -137,6 +137,21 @@ def variants():
     yield ModelConfig(kind="transformer_pp")
     for kind in ("ebt", "transformer_pp"):
         yield ModelConfig(kind=kind, space="video", frame_size=8)
+    for kind in ("ebt", "dit"):
+        for told in (0, 8):
+            yield ModelConfig(**image_fields(kind, told))
+
+
+def image_fields(kind, told=0):
+    """What makes a model of images, with captions of `told` numbers."""
+    return {
+        "space": "image",
+        "kind": kind,
+        "image_size": 32,
+        "channels": 4,
+        "condition": "caption" if told else "none",
+        "condition_size": told,
+    }
 
 
 def shapes_of(model):
@@ -183,6 +198,8 @@ def test_the_spec_of_every_parameter():
         "xxs, video transformer_pp": specs_of(
             "xxs", kind="transformer_pp", space="video", frame_size=3136
         ),
+        "large, image": specs_of("large", **image_fields("ebt")),
+        "large, dit": specs_of("large", **image_fields("dit", told=768)),
     }
     assert found == json.loads(GOLDEN.read_text())
 
