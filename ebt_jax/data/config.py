@@ -9,7 +9,10 @@ from ebt_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """A corpus, its tokenizer, and how it is cut into sequences."""
+    """A corpus, its tokenizer, and how it is cut into sequences.
+
+    Of images and video: their files, see `data.images` and `data.video`.
+    """
 
     path: str = "pydoc"  # pydoc | files, globs | tfds:NAME[:SPLIT] | token shards
     tokenizer: str = "bytes"  # bytes | path of a tokenizer.json, also .gz

@@ -72,8 +72,8 @@ def source_of(config: DataConfig, split: str) -> tuple[DataConfig, str]:
     if split == "all" or not config.held_out_path:
         if split == "held_out" and not config.held_out:
             raise UserError(
-                "data.held_out is 0 and data.held_out_path is empty, so there is no "
-                "text to evaluate on; set one of them"
+                "data.held_out is 0 and data.held_out_path is empty, so there is "
+                "nothing to evaluate on; set one of them"
             )
         return config, split
     path = config.path if split == "train" else config.held_out_path

@@ -6,7 +6,8 @@ data.path                        pictures
 digits                           scikit-learn's 1,797 handwritten digits, 8 x 8, grey
 photographs                      scikit-learn's two photographs, cut into squares
 FOLDER, .tar, .tar.gz, .zip      all in it, to its ground; also several, or a glob
-x-images-idx3-ubyte[.gz]         MNIST's format; labels in x-labels-idx1-ubyte[.gz]
+x-images-idx3-ubyte[.gz]         MNIST's format, with x-labels-idx1-ubyte[.gz] beside
+                                 it; also a folder of such files
 tfds:NAME[:SPLIT]                the feature `image`; labels in `label`
 FILE.jsonl[.gz]                  those it has captions of (`ebt_jax.data.captions`)
 ================================ ===================================================
@@ -44,14 +45,16 @@ def find(path: str, vision: VisionConfig) -> Items:
     """
     parts, listed = [], []
     for part in filter(None, map(str.strip, path.split(","))):
-        if part == "digits":
+        if part == "pydoc":  # the default
+            continue
+        elif part == "digits":
             parts.append(defaults.digits())
         elif part == "photographs":
             parts.append(defaults.photographs(vision.size))
         elif part.startswith("tfds:"):
             parts.append(_tfds(part))
-        elif part.endswith(_IDX):
-            parts.append(_idx(os.path.expanduser(part)))
+        elif idx := _idx_files(os.path.expanduser(part)):
+            parts += map(_idx, idx)
         else:
             listed += files.find(part, (*pictures.SUFFIXES, *captions.SUFFIXES))
     if listed:
@@ -89,6 +92,17 @@ def classes(names: Sequence[str]) -> list[str]:
         return []
     common = posixpath.commonpath(folders) if all(folders) else ""
     return [posixpath.relpath(folder or ".", common or ".") for folder in folders]
+
+
+def _idx_files(path: str) -> list[str]:
+    """The files of IDX pictures that are or lie in a path."""
+    if os.path.isdir(path):
+        return [
+            os.path.join(path, name)
+            for name in sorted(os.listdir(path))
+            if name.endswith(_IDX)
+        ]
+    return [path] if path.endswith(_IDX) else []
 
 
 def _idx(path: str) -> Items:

@@ -7,9 +7,12 @@ A picture is a clip of one frame. What cannot be used is listed and skipped, up 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+import itertools
+import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from absl import logging
@@ -19,6 +22,8 @@ from ebt_jax.data import pictures
 from ebt_jax.data.pictures import Corrupt
 from ebt_jax.data.vision_config import VisionConfig
 from ebt_jax.errors import UserError
+
+Result = TypeVar("Result")
 
 _NAMED = 20  # unusable files that are named one by one
 _LISTED = 3  # of them in an error
@@ -60,6 +65,7 @@ class Items:
       classes: name of each one's class; empty where there are none.
       captions: of each; empty where there are none.
       strays: files that captions name, but that are not there.
+      threads: that may decode at a time; each holds one of them in memory.
     """
 
     names: list[str]
@@ -67,6 +73,7 @@ class Items:
     classes: list[str] = dataclasses.field(default_factory=list)
     captions: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     strays: list[str] = dataclasses.field(default_factory=list)
+    threads: int = 16
 
     def __len__(self) -> int:
         return len(self.names)
@@ -88,14 +95,22 @@ def joined(parts: Sequence[Items]) -> Items:
 
     names = [name for part in parts for name in part.names]
     strays = [file for part in parts for file in part.strays]
-    return Items(names, read, all_or_none("classes"), all_or_none("captions"), strays)
+    return Items(
+        names,
+        read,
+        all_or_none("classes"),
+        all_or_none("captions"),
+        strays,
+        min(part.threads for part in parts),
+    )
 
 
 class Skipped:
     """What could not be used, or not as it is.
 
     Attributes:
-      problems: name and reason of each that could not be used.
+      problems: name and reason of each that could not be used, listed once however
+        often it is met.
       notes: how many frames needed what of `pictures.NOTES`, and were not yet told of.
       frames: how many there are of all that could be used since then.
     """
@@ -108,7 +123,7 @@ class Skipped:
           limit: `vision.max_corrupt`.
         """
         self.total, self.limit = total, limit
-        self.problems: list[tuple[str, str]] = []
+        self.problems: dict[str, str] = {}
         self.notes, self.frames = Counter[str](), 0
 
     def add(self, name: str, problem: str) -> None:
@@ -117,9 +132,12 @@ class Skipped:
         Raises:
           UserError: if they are more than the limit.
         """
-        self.problems.append((name, problem))
+        if name in self.problems:
+            return
+        self.problems[name] = problem
         if len(self.problems) > self.limit * self.total:
-            first = "; ".join(f"{n} {p}" for n, p in self.problems[:_LISTED])
+            listed = itertools.islice(self.problems.items(), _LISTED)
+            first = "; ".join(f"{name} {problem}" for name, problem in listed)
             more = ", ..." if len(self.problems) > _LISTED else ""
             raise UserError(
                 f"data.path: {first}{more}: {len(self.problems)} unusable of "
@@ -220,13 +238,36 @@ def read_all(
     Raises:
       UserError: if too many cannot.
     """
-    for index in chosen:
+
+    def attempt(index: int) -> tuple[int, Clip | Corrupt]:
         try:
-            clip = decoded(items, index, side, vision)
+            return index, decoded(items, index, side, vision)
         except Corrupt as error:
-            skipped.add(items.names[index], str(error))
+            return index, error
+
+    for index, clip in _ahead(attempt, chosen, items.threads):
+        if isinstance(clip, Corrupt):
+            skipped.add(items.names[index], str(clip))
         else:
             skipped.notes.update(clip.notes)
             skipped.frames += len(clip.pixels)
             yield index, clip
         bar.update()
+
+
+def _ahead(
+    function: Callable[[int], Result], numbers: Iterable[int], threads: int
+) -> Iterator[Result]:
+    """Results in order; threads work on those to come. Pillow leaves the lock free."""
+    threads = min(threads, os.cpu_count() or 1)
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for number in numbers:
+            waiting.append(pool.submit(function, number))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

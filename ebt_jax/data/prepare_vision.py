@@ -209,7 +209,9 @@ def _write_part(
         done.seconds.append(seconds)
     writer.close()
     os.rename(partial, path)
-    done.skipped.extend([list(problem) for problem in skipped.problems[before:]])
+    done.skipped.extend(
+        [list(problem) for problem in skipped.problems.items()][before:]
+    )
     _write_json(latents.part_path(output, part, ".json"), done)
 
 

@@ -17,6 +17,7 @@ each: `[{"video": NAME OF THE FOLDER, "stride": 2}, ...]`.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -35,6 +36,7 @@ from ebt_jax.errors import UserError
 
 SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 _FRAMES = tuple(suffix for suffix in pictures.SUFFIXES if suffix != ".gif")
+_THREADS = 2  # that decode clips
 _DIGIT_FRAMES = 2  # frames of a clip of moving digits / those of an example
 
 
@@ -46,7 +48,9 @@ def find(data: DataConfig, vision: VisionConfig) -> Items:
     """
     parts, listed = [], []
     for part in filter(None, map(str.strip, data.path.split(","))):
-        if part == "moving_digits":
+        if part == "pydoc":  # the default
+            continue
+        elif part == "moving_digits":
             frames = _DIGIT_FRAMES * (data.context + 1)
             parts.append(
                 defaults.moving_digits(
@@ -62,7 +66,8 @@ def find(data: DataConfig, vision: VisionConfig) -> Items:
             f"data.path is {data.path!r}; name videos, such as a folder, or "
             "'moving_digits'"
         )
-    return joined(parts)
+    # Clips are large, and decoders have threads of their own.
+    return dataclasses.replace(joined(parts), threads=_THREADS)
 
 
 def _files(listed: Sequence[File], rate: float) -> Items:

@@ -8,6 +8,7 @@ picture's first caption. One of training depends on seed, epoch and index beside
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 
 import grain
@@ -36,6 +37,26 @@ class EncodedItems(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Encoded: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Some of several pictures or clips.
+
+    Attributes:
+      items: all of them.
+      kept: which.
+    """
+
+    items: EncodedItems
+    kept: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Encoded:
+        """One of those that are kept."""
+        return self.items[self.kept[index]]
 
 
 class Examples(Protocol):

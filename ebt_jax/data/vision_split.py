@@ -19,7 +19,7 @@ from ebt_jax.data.config import DataConfig
 from ebt_jax.data.encoding import Encoder
 from ebt_jax.data.items import Items, Skipped
 from ebt_jax.data.vision_config import VisionConfig
-from ebt_jax.data.vision_examples import Encoded, EncodedItems
+from ebt_jax.data.vision_examples import Chosen, Encoded, EncodedItems
 from ebt_jax.errors import UserError
 
 MEMORY_BYTES = 4 << 30  # pictures that take more have to be prepared
@@ -52,7 +52,7 @@ class Split:
             return self
         return Split(
             names=[self.names[item] for item in kept],
-            encoded=[self.encoded[item] for item in kept],
+            encoded=Chosen(self.encoded, kept),
             lengths=self.lengths[list(kept)],
             seconds=self.seconds[list(kept)],
             classes=[self.classes[item] for item in kept] if self.classes else [],
@@ -256,7 +256,7 @@ def _check_size(size: int, limit: int) -> None:
     if size > limit:
         raise UserError(
             f"data.path: what it holds takes more than {limit / 2**30:.3g} GiB of "
-            "memory; encode them once with `ebt prepare` and name its output"
+            "memory; encode it once with `ebt prepare` and name what that writes"
         )
 
 

@@ -94,6 +94,7 @@ def test_idx_files_with_and_without_labels(tmp_path):
     beside = tmp_path / "t-labels-idx1-ubyte.gz"
     beside.write_bytes(gzip.compress(idx(labels, 0x801)))
     assert read(path)[2] == list("31415")
+    assert read(tmp_path)[2] == list("31415")  # of the folder
     beside.write_bytes(gzip.compress(idx(labels[:4], 0x801)))
     assert "has 5 pictures, but" in error_of(path)
     path.write_bytes(gzip.compress(idx(pixels, 0x803)[:-1]))
@@ -156,7 +157,7 @@ def test_what_is_not_there_is_said(tmp_path):
     assert "holds none of" in error_of(tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("x")
     assert "of an unknown kind" in error_of(tmp_path / "notes.txt")
-    assert "name pictures" in error_of(",")
+    assert "name pictures" in error_of("pydoc")
     whole = write_tar(tmp_path / "whole.tar.gz", {"1.png": png(1)})
     with open(whole, "rb") as file:
         content = file.read()

@@ -203,7 +203,7 @@ def test_a_missing_decoder_names_its_extra(tmp_path, monkeypatch):
 
 def test_what_is_not_there_is_said(tmp_path):
     assert "no file or folder" in error_of(tmp_path / "nothing.mkv")
-    assert "name videos" in error_of(",")
+    assert "name videos" in error_of("pydoc")
 
 
 def moving(split, **settings):
