@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from encoder_cases import read_case
 from PIL import Image
 
 from ebt_jax import cli
@@ -130,7 +131,10 @@ def test_images_as_json(capsys, runs):
 
 
 def test_dit_on_other_pictures_as_a_table(capsys, runs):
-    code, out, err = evaluate(capsys, runs / "dit", f"--data={runs / 'bare'}")
+    arrays, _ = read_case("dinov2_transformers")
+    np.savez(runs / "dinov2.npz", **arrays)
+    flags = [f"--data={runs / 'bare'}", f"--fid={runs / 'dinov2.npz'}"]
+    code, out, err = evaluate(capsys, runs / "dit", *flags)
     assert code == 0, err
     lines = out.splitlines()
     assert f"data                    {runs / 'bare'}" in lines
@@ -141,6 +145,9 @@ def test_dit_on_other_pictures_as_a_table(capsys, runs):
     # The same as the loss's own measure says.
     (own,) = [line for line in words if line[:1] == ["psnr"]]
     assert float(row[3]) == pytest.approx(float(own[1]), abs=0.006)
+    assert "Frechet distance to 4 true pictures" in out
+    kept = json.loads((runs / "dit" / "vision" / "bare.json").read_text())["fid"]
+    assert kept["pictures"] == 4 and kept["noised"] > 0 and kept["predicted"] > 0
 
 
 def test_video_by_horizon(capsys, runs):

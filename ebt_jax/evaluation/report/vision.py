@@ -40,7 +40,8 @@ def samples(runs: Sequence[Run]) -> list[Section]:
                     f'{html.escape(run.name)}" style="max-width:100%;height:auto">'
                     f"<figcaption>{about}.</figcaption></figure>"
                 )
-    return [("samples", "Samples", "\n".join(figures))] if figures else []
+    content = f'<div class="charts">{"".join(figures)}</div>'
+    return [("samples", "Samples", content)] if figures else []
 
 
 def measured(runs: Sequence[Run]) -> list[Section]:

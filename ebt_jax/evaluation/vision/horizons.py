@@ -159,7 +159,7 @@ def table(rows: Sequence[Horizon]) -> str:
 
 
 def _number(name: str, value: float) -> str:
-    return f"{value:.2f}" if name == "psnr" else f"{value:.5f}"
+    return f"{value:.2f}" if name == "psnr" else f"{value:.4g}"
 
 
 def _per_frame(errors: Mapping[str, list[np.ndarray]]) -> list[dict[str, float]]:

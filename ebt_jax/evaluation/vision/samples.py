@@ -68,10 +68,11 @@ def write_image_samples(
     key = jax.random.key(seed)
     some = {name: jnp.asarray(values)[:count] for name, values in batch.items()}
     some = noiser(model, diffusion, key)(some)
-    stages: dict[str, ArrayLike] = {"clean": some["image"]}
     from_noise = diffusion.noised_steps == diffusion.timesteps
-    if not from_noise:
-        stages["noised"] = some["noised"]
+    if from_noise:
+        stages: dict[str, ArrayLike] = {"true": some["image"]}
+    else:
+        stages = {"clean": some["image"], "noised": some["noised"]}
     ways = {f"step {n}": Thinking(n) for n in steps}
     if model.kind != "ebt":
         ways = {model.kind: Thinking()}
