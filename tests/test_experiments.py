@@ -14,6 +14,7 @@ from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES
 from ebt_jax.training import checkpoint
 from ebt_jax.training.config import differences, from_config_dict
+from ebt_jax.training.presets import KEYS
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
 TEXT = next(path for path in FILES if path.stem == "text")
@@ -102,12 +103,78 @@ def test_a_step_size_brings_its_learning_rate():
     )
 
 
-def test_the_docstring_names_every_word():
-    names = runpy.run_path(str(TEXT))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_docstring_names_every_word(path):
+    names = runpy.run_path(str(path))
     listed = names["__doc__"].split("Words,")[1].split("Measured")[0]
     words = re.findall(r"^    (\w+)(?:=\w+)?  ", listed, re.MULTILINE)
-    kinds = ("METHODS", "ABLATIONS", "SETTINGS", "KEYS")
-    assert set(words) == {word for kind in kinds for word in names[kind]}
+    known = (*names["METHODS"], *names["OPTIONS"], *names["SETTINGS"], *KEYS)
+    assert sorted(words) == sorted(known)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("image_denoise.py:s1", (3000.0, 9000.0, 1, "per_step", "noised", 1e-4)),
+        ("image_denoise.py:s2", (3000.0, None, 3, "truncated", "noised", 1e-4)),
+        ("text_to_image.py:s1", (3000.0, 9000.0, 2, "per_step", "noise", 1e-4)),
+        ("text_to_image.py:s2", (3000.0, None, 4, "truncated", "noise", 1e-4)),
+        ("video.py:s1", (30000.0, 90000.0, 2, "per_step", "noise", 4e-4)),
+        ("video.py:s2", (3000.0, None, 3, "truncated", "noise", 4e-4)),
+        ("video.py:most_recent", (3e4, 9e4, 2, "per_step", "most_recent", 4e-4)),
+    ],
+)
+def test_published_settings_of_images_and_video(preset, expected):
+    config = from_config_dict(load_config(str(TEXT.parent / preset)))
+    refine, optim = config.refine, config.optim
+    step_size, multiplier, steps, backprop, start, rate = expected
+    assert (refine.step_size, refine.num_steps) == (step_size, steps)
+    assert refine.step_size_learnable == (multiplier is not None)
+    assert multiplier in (None, optim.step_size_lr_multiplier)
+    assert (refine.backprop, refine.initial_candidate) == (backprop, start)
+    assert optim.peak_lr == pytest.approx(rate)
+
+
+def test_baselines_of_images_and_video():
+    for preset, kind in (
+        ("image_denoise.py:dit", "dit"),
+        ("text_to_image.py:dit,size=xs", "dit"),
+        ("video.py:transformer_pp", "transformer_pp"),
+    ):
+        config = from_config_dict(load_config(str(TEXT.parent / preset)))
+        assert config.model.kind == kind
+        assert config.optim.weight_decay == (0.0 if kind == "dit" else 0.01)
+    with pytest.raises(UserError, match="transformer_pp has none; leave out 'most_re"):
+        load_config(f"{TEXT.parent / 'video.py'}:transformer_pp,most_recent")
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "image_denoise.py:tiny",
+        "image_denoise.py:tiny,s2",
+        "image_denoise.py:tiny,dit",
+        "text_to_image.py:tiny,s2",
+        "text_to_image.py:tiny,dit",
+        "video.py:tiny",
+        "video.py:tiny,s2,most_recent",
+        "video.py:tiny,transformer_pp",
+    ],
+)
+def test_tiny_pictures_train_evaluate_and_write(preset, tmp_path, capsys):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    config = f"--config={TEXT.parent / preset}"
+    mesh = "--config.mesh.data=4"
+    curve = "--config.eval.curve_steps=0"
+    argv = ["train", config, workdir, "--steps=2", mesh, curve, *QUICKER]
+    assert cli.run(argv) == 0
+    said = capsys.readouterr().err
+    assert "held-out smooth L1" in said and "samples" in said
+    assert (tmp_path / "run" / "samples.png").stat().st_size > 1000
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(rows[-1])
+    assert row["step"] == 2 and {"eval/smooth_l1", "eval/mse", "eval/psnr"} < set(row)
+    assert "eval/perplexity" not in row
 
 
 def test_from_system_1_to_system_2_by_the_commands_of_the_docstring(tmp_path):

@@ -11,6 +11,7 @@ from absl import flags
 
 from ebt_jax.command import Flag, Verb
 from ebt_jax.errors import UserError
+from ebt_jax.verbs import generate_vision
 from ebt_jax.verbs.common import (
     CHECKPOINT,
     FLOAT,
@@ -36,17 +37,22 @@ if TYPE_CHECKING:
 def run(values: flags.FlagValues) -> None:
     """Continues prompts with a checkpoint of --workdir and prints the texts."""
     workdir = required(values, "workdir", "the folder of a trained run")
-    prompts = required(values, "prompt", "a text to continue, once or more")
-
-    stream = _streamed(values, len(prompts) * values.samples)
     thinking = parse_thinking(values.think)
 
-    from ebt_jax.evaluation.generation import generate
-    from ebt_jax.evaluation.sampling import Sampling
     from ebt_jax.training.workdir import open_workdir
 
     path, config = open_workdir(workdir)
     check_thinks(values.think, thinking, config)
+    if config.model.space != "text":
+        return generate_vision.run(values, path, config, thinking)
+    if values.out is not None:
+        raise UserError("--out is of images and video, but the run is of text; drop it")
+    prompts = required(values, "prompt", "a text to continue, once or more")
+    stream = _streamed(values, len(prompts) * values.samples)
+
+    from ebt_jax.evaluation.generation import generate
+    from ebt_jax.evaluation.sampling import Sampling
+
     trained = open_trained(path, config, values.mesh, values.checkpoint)
     config, params = trained.config, trained.params
     make = None
@@ -125,7 +131,9 @@ VERB = Verb(
     details="What a prompt becomes depends on the seed and its number, not on the "
     "other prompts.\n--json prints a line for each continuation: prompt, sample, "
     "text, tokens and\nmeans per token: refinement steps, energy gradients, energies "
-    "alone,\nFLOPs.\n\n" + DETAILS,
+    "alone,\nFLOPs.\n\nA run of images draws each prompt, a caption, into --out; one "
+    "of video continues\nthe clips of --prompt, or held-out ones, by --new frames.\n\n"
+    + DETAILS,
     example="ebt generate --workdir=runs/a --prompt='The statement' --new=300",
     call=run,
     flags=(
@@ -136,7 +144,7 @@ VERB = Verb(
             None,
             flags.DEFINE_multi_string,
         ),
-        Flag("new", "tokens to add", 200, INTEGER),
+        Flag("new", "tokens, or frames, to add", 200, INTEGER),
         Flag("temperature", "0 always takes the likeliest token", 0.8, FLOAT),
         Flag("top_k", "draws from so many likeliest tokens; 0: all", 0, INTEGER),
         Flag("top_p", "draws from this much probability; 1: all", 1.0, FLOAT),
@@ -149,6 +157,7 @@ VERB = Verb(
         Flag("samples", "continuations of each prompt", 1, POSITIVE),
         Flag("seed", "of everything that is drawn", 0, INTEGER),
         THINK,
+        *generate_vision.FLAGS,
         Flag("draft", "folder of a run whose model writes ahead; same text, sooner"),
         Flag("draft_tokens", "how many tokens ahead", 4, POSITIVE),
         CHECKPOINT,
