@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 from ebt_jax import interop
 from ebt_jax.errors import UserError
 from ebt_jax.published_flags import OFF
+from ebt_jax.training.checkpoint import named
+from ebt_jax.training.initial import read_file
 from ebt_jax.training.objective import build_objective
 
 TINY = {"dim": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 11}
@@ -331,6 +333,15 @@ def test_the_frozen_encoder_of_a_video_checkpoint_is_left_out():
     assert state["encoder_down_projection.weight"].shape == (8, 6)
     encoder = {"image_encoder.quant_conv.weight": np.zeros(3)}
     assert_same(interop.from_reference(state | encoder, config), params)
+
+
+@pytest.mark.parametrize("name", ["time_embed", "video", "video transformer_pp"])
+def test_a_run_may_begin_with_a_published_file(name, tmp_path):
+    config = config_of(**MODELS[name])
+    params = random_params(config)
+    file = tmp_path / "published.npz"
+    np.savez(file, **interop.to_reference(params, config))
+    assert_same(read_file(str(file), config), named(params))
 
 
 def test_an_unknown_flag_is_refused_by_name():

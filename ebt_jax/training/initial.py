@@ -216,13 +216,13 @@ def read_file(file: str, config: Config) -> dict[str, np.ndarray]:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"train.init_from: {file} cannot be read: {error}") from error
-    table = "embeddings.weight"
-    published = [name for name in arrays if name.removeprefix("model.") == table]
-    if not published:
+    if not any(name.endswith(".weight") for name in arrays):
         return arrays
-    model = dataclasses.replace(config.model, vocab_size=len(arrays[published[0]]))
-    theirs = dataclasses.replace(config, model=model)
-    return checkpoint.named(interop.from_reference(arrays, theirs))
+    for name, array in arrays.items():
+        if name.removeprefix("model.") == "embeddings.weight":
+            model = dataclasses.replace(config.model, vocab_size=len(array))
+            config = dataclasses.replace(config, model=model)
+    return checkpoint.named(interop.from_reference(arrays, config))
 
 
 def _fixed(config: Config) -> set[str]:
