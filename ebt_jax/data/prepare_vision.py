@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from ebt_jax.data.config import DataConfig
 from ebt_jax.data.items import Items, Skipped
 from ebt_jax.data.latents import Index, Part
 from ebt_jax.data.vision_config import VisionConfig
-from ebt_jax.errors import UserError
+from ebt_jax.errors import StorageError, UserError
 
 PART_FILES = {"image": 1024, "video": 16}
 
@@ -53,6 +55,7 @@ def prepare_vision(
       Whether all parts of all processes are there now.
 
     Raises:
+      StorageError: if storage is full; what is there stays.
       UserError: if `output` is something else, was begun with other settings or cannot
         be written, or what is read cannot be.
     """
@@ -202,17 +205,34 @@ def _write_part(
             done.captions.append(list(texts[number - chosen.start]))
         if found.classes:
             done.classes.append(found.classes[number])
-        writer.write(record)
+        with _storage_explained(partial):
+            writer.write(record)
         done.numbers.append(number)
         done.names.append(found.names[number])
         done.frames.append(len(frames))
         done.seconds.append(seconds)
-    writer.close()
+    with _storage_explained(partial):
+        writer.close()
     os.rename(partial, path)
     done.skipped.extend(
         [list(problem) for problem in skipped.problems.items()][before:]
     )
     _write_json(latents.part_path(output, part, ".json"), done)
+
+
+@contextlib.contextmanager
+def _storage_explained(partial: str) -> Iterator[None]:
+    """Removes a file that cannot be written, so that there is room, and says so."""
+    try:
+        yield
+    except RuntimeError as error:  # what the writer raises
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        reason = " ".join(str(error).split())
+        raise StorageError(
+            f"{partial} cannot be written ({reason}); make room and give the same "
+            "command again, it goes on with what is missing"
+        ) from error
 
 
 def _members(index: Index, part: int) -> range:

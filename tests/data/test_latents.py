@@ -10,10 +10,11 @@ import pytest
 from vision_files import many, png, write
 
 from ebt_jax.data import latents, vision_pipeline
+from ebt_jax.data import prepare_vision as prepare_module
 from ebt_jax.data.config import DataConfig
 from ebt_jax.data.prepare_vision import prepare_vision
 from ebt_jax.data.vision_config import VisionConfig
-from ebt_jax.errors import UserError
+from ebt_jax.errors import StorageError, UserError
 
 PIXELS = VisionConfig(size=8, caption_features=16)
 PCA = dataclasses.replace(PIXELS, encoder="pca", encoder_patch=4, encoder_features=6)
@@ -138,6 +139,29 @@ def test_outputs_that_cannot_be(data, tmp_path):
     wrong = {"process_index": 2, "process_count": 2}
     assert "process_index is 2" in error_of(prepare, data, tmp_path / "x", **wrong)
     assert not (tmp_path / "x").exists()
+
+
+def test_full_storage_is_named_and_what_is_there_stays(data, tmp_path, monkeypatch):
+    output = tmp_path / "latents"
+    writes = []
+
+    class Full(prepare_module.ArrayRecordWriter):
+        """Has room for five records."""
+
+        def write(self, record):
+            writes.append(record)
+            if len(writes) > 5:
+                raise RuntimeError("write() failed: No space left on device")
+            super().write(record)
+
+    monkeypatch.setattr(prepare_module, "ArrayRecordWriter", Full)
+    with pytest.raises(StorageError, match="No space left .*give the same command"):
+        prepare(data, output)
+    monkeypatch.undo()
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["latents.json", "part-00000.array_record", "part-00000.json"]
+    assert prepare(data, output)
+    assert_same(opened(data, output), opened(data, data.path))
 
 
 def test_too_many_corrupt_pictures_stop_it(data, tmp_path):
