@@ -20,7 +20,7 @@ _NAMES = "zero one two three four five six seven eight nine".split()
 _TILE = 32  # side of a photograph's squares, and of moving digits' frames, by default
 _CLIPS = 2000  # of moving digits
 _DIGITS = 2  # in each of them
-_DIGIT_SHARE = 0.4  # side of a digit / side of a frame
+_DIGIT_SHARE = 0.5  # side of a digit / side of a frame
 _SPEEDS = 0.2, 0.6  # of a digit, in its range of motion per second
 
 
