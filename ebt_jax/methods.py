@@ -72,7 +72,7 @@ class Adam:
 class Langevin:
     """Noise before each step."""
 
-    noise: float = 1.0  # its standard deviation, in units of the stored candidate
+    noise: float = 1.0  # its standard deviation; of video in units of embeddings
 
     def __post_init__(self) -> None:
         require("langevin", "noise", self.noise, self.noise > 0, "above 0")

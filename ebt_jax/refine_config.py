@@ -20,7 +20,7 @@ class RefineConfig:
     backprop: str = "per_step"  # per_step | truncated | full: see refine.py
     meta_gradient: str = "rule"  # rule | autodiff: see meta_gradient.py
     normalize_steps: str = "all"  # all | first (landscape 0 only) | none
-    noise_std: float = 0.0  # Langevin noise added to the stored candidate, std
+    noise_std: float = 0.0  # Langevin noise, std; of video added to embeddings
     step_size_jitter: float = 1.0  # s: step sizes drawn from U[a/s, a*s] per prediction
     gradient_clamp: float = 0.0  # largest |step_size * gradient entry|; 0: no clamp
     absolute_clamp: float = 0.0  # largest |candidate entry| after a step; 0: no clamp

@@ -21,7 +21,6 @@ LANDSCAPE = 1
 CASES = {
     "time_embed": {"conditioning": "time_embed"},
     "anchored adaln": {"conditioning": "adaln", "candidate_input": "anchored"},
-    "default": {"conditioning": "default"},
 }
 
 
