@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -15,15 +15,14 @@ from ebt_jax.command import Flag
 from ebt_jax.errors import UserError
 from ebt_jax.verbs import evaluate_judgement
 from ebt_jax.verbs.common import COUNT, plain, results_table
-from ebt_jax.verbs.model import Loaded, Spread, load_resolved, parse_mesh
+from ebt_jax.verbs.model import Spread, load_resolved, parse_mesh
 from ebt_jax.verbs.thinking import check_thinks
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ebt_jax.data.vision_pipeline import VisionData
-    from ebt_jax.diffusion_config import DiffusionConfig
-    from ebt_jax.interfaces import Objective
+    from ebt_jax.evaluation.vision import parts
     from ebt_jax.thinking import Thinking
     from ebt_jax.training.config import Config
 
@@ -42,45 +41,6 @@ _OF = {
     "text": ("text_key", "packing", *(flag.name for flag in evaluate_judgement.FLAGS)),
 }
 LEAST_STEPS = 3  # refinement steps that a table goes up to, at least
-FILTERED = 256  # training pictures that the width of a filter is chosen on
-
-
-class Asked(NamedTuple):
-    """What the parts of an evaluation work with.
-
-    Attributes:
-      values: of the flags.
-      config: of the run.
-      loaded: its checkpoint.
-      opened: the pictures or clips that are scored.
-      batches: of them.
-      training: `(count) -> batches` of the run's first training pictures; 0: of all.
-      thinking: of --think.
-      extract: of --fid, see `features.extractor`; None without.
-    """
-
-    values: flags.FlagValues
-    config: Config
-    loaded: Loaded
-    opened: VisionData
-    batches: Spread
-    training: Callable[[int], Spread]
-    thinking: Thinking
-    extract: Callable[[np.ndarray], np.ndarray] | None
-
-
-class Part(NamedTuple):
-    """A part of the results.
-
-    Attributes:
-      name: in JSON.
-      numbers: for JSON.
-      text: for people.
-    """
-
-    name: str
-    numbers: Any
-    text: str
 
 
 def check_space(values: flags.FlagValues, space: str) -> None:
@@ -112,6 +72,7 @@ def run(
     """
     from ebt_jax.data import vision_pipeline
     from ebt_jax.evaluation.metrics import evaluate
+    from ebt_jax.evaluation.vision import parts
     from ebt_jax.evaluation.vision.features import extractor
 
     space, data = config.model.space, config.data
@@ -145,7 +106,15 @@ def run(
         return spread(whole, count)
 
     batches = spread(opened, values.sequences)
-    asked = Asked(values, config, loaded, opened, batches, training, thinking, extract)
+    asked = parts.Asked(
+        config,
+        loaded.objective,
+        loaded.params,
+        opened,
+        batches,
+        training,
+        thinking,
+    )
     results = evaluate(
         loaded.objective,
         loaded.params,
@@ -154,167 +123,42 @@ def run(
         thinking=thinking,
         progress=sys.stderr.isatty(),
     )
-    parts = [make(asked) for make in _wanted(asked)]
+    made = list(_wanted(values, asked, extract))
     about = {
         "workdir": str(path),
         "checkpoint": loaded.step,
         "data": values.data or f"held-out part of {data.held_out_path or data.path}",
     }
-    numbers = about | results | {part.name: part.numbers for part in parts}
+    numbers = about | results | {part.name: part.numbers for part in made}
     content = numbers | {"think": values.think}
     evaluate_judgement.keep(path, "vision", values.data, content)
     if values.json:
         print(json.dumps(plain(numbers), allow_nan=False))
     else:
-        print(
-            "\n\n".join([results_table(about, results), *(part.text for part in parts)])
-        )
+        tables = (part.text for part in made)
+        print("\n\n".join([results_table(about, results), *tables]))
 
 
-def _wanted(asked: Asked) -> list[Callable[[Asked], Part]]:
+def _wanted(
+    values: flags.FlagValues,
+    asked: parts.Asked,
+    extract: Callable[[np.ndarray], np.ndarray] | None,
+) -> Iterator[parts.Part]:
     """The parts that the flags ask for."""
-    values = asked.values
-    if asked.config.model.space == "video":
-        return [_horizons] if values.horizons else []
-    made = {"probe": _probe, "fid": _fid, "retrieval": _retrieval}
-    wanted = [make for name, make in made.items() if values[name].value]
-    # Features that cannot be decoded are no pictures.
-    return wanted if asked.opened.decode is None else [_denoising, *wanted]
+    from ebt_jax.evaluation.vision import parts
 
-
-def _denoising(asked: Asked) -> Part:
-    import numpy as np
-
-    from ebt_jax.data.pictures import to_floats
-    from ebt_jax.evaluation.vision import denoise
-
-    config, decode = asked.config, asked.opened.decode
-    assert decode is not None
-    rows = denoise.denoising_rows(
-        config.model,
-        config.diffusion,
-        lambda diffusion: _objective(config, diffusion),
-        asked.loaded.params,
-        asked.batches,
-        asked.training(FILTERED),
-        levels=_levels(asked.values, config),
-        passes=_passes(asked.values, config, asked.thinking),
-        pixels=None
-        if config.vision.encoder == "none"
-        else lambda values: to_floats(decode(np.asarray(values))),
-        seed=config.eval.seed,
-        thinking=asked.thinking,
-    )
-    numbers = [{**row._asdict(), **row.quality} for row in rows]
-    for row in numbers:
-        del row["quality"]
-    return Part("denoising", numbers, denoise.table(rows))
-
-
-def _probe(asked: Asked) -> Part:
-    import jax
-
-    from ebt_jax.evaluation.vision.features import labelled_features
-    from ebt_jax.evaluation.vision.probe import (
-        fit_probe,
-        neighbour_accuracy,
-        probe_accuracy,
-    )
-
-    model, classes = asked.config.model, len(asked.opened.labels)
-    training = asked.training(0)
-    start = asked.loaded.objective.init(jax.random.key(asked.config.train.seed))
-    numbers, lines = {}, [f"{'features':<12}{'top 1':>8}{'top 5':>8}{'k-NN':>8}"]
-    for name, params in (("trained", asked.loaded.params), ("untrained", start)):
-        known = labelled_features(model, params, training)
-        asked_of = labelled_features(model, params, asked.batches)
-        found = probe_accuracy(fit_probe(*known, classes), *asked_of)
-        found["neighbours"] = neighbour_accuracy(*known, *asked_of)
-        numbers[name] = found
-        cells = (f"{found[n]:8.1%}" if n in found else f"{'-':>8}" for n in _PROBED)
-        lines.append(f"{name:<12}{''.join(cells)}")
-    about = f"Linear probe of {classes} classes and nearest neighbours, accuracy"
-    return Part("probe", numbers, "\n".join([about, *lines]))
-
-
-_PROBED = ("top_1", "top_5", "neighbours")
-
-
-def _fid(asked: Asked) -> Part:
-    import jax
-    import numpy as np
-
-    from ebt_jax.evaluation.vision.denoise import noiser, predictor
-    from ebt_jax.evaluation.vision.fid import frechet_distance, moments
-
-    config, decode, extract = asked.config, asked.opened.decode, asked.extract
-    assert decode is not None and extract is not None
-    key = jax.random.key(config.eval.seed)
-    noised = noiser(config.model, config.diffusion, key)
-    predict = predictor(
-        asked.loaded.objective, asked.loaded.params, key, asked.thinking
-    )
-    features: dict[str, list[np.ndarray]] = {"image": [], "noised": [], "predicted": []}
-    for batch in map(noised, asked.batches):
-        counts = np.asarray(batch["weights"]) > 0
-        shown = {**batch, "predicted": predict(batch)}
-        for name, found in features.items():
-            found.append(extract(decode(np.asarray(shown[name])))[counts])
-    true, *others = (moments(np.concatenate(found)) for found in features.values())
-    distances = dict(
-        zip(
-            ("noised", "predicted"),
-            (frechet_distance(true, other) for other in others),
-            strict=True,
-        )
-    )
-    count = sum(len(found) for found in features["image"])
-    lines = [f"{name:<12}{distance:.4f}" for name, distance in distances.items()]
-    about = (
-        f"Frechet distance to {count} true pictures, by DINOv2; it is larger the fewer "
-        "there are"
-    )
-    return Part("fid", {**distances, "pictures": count}, "\n".join([about, *lines]))
-
-
-def _retrieval(asked: Asked) -> Part:
-    from ebt_jax import models
-    from ebt_jax.evaluation.vision.retrieval import retrieve
-    from ebt_jax.interfaces import EnergyModel
-
-    config = asked.config
-    model = models.build(config.model, config.diffusion)
-    assert isinstance(model, EnergyModel)
-    found = retrieve(
-        model,
-        asked.loaded.params,
-        asked.batches,
-        choices=asked.values.retrieval,
-        seed=config.eval.seed,
-    )
-    text = (
-        f"The right caption of {found.choices} has the lowest energy for "
-        f"{found.accuracy:.1%} of {found.pictures} pictures ({found.low:.1%} to "
-        f"{found.high:.1%} by bootstrap); chance is {found.chance:.1%}"
-    )
-    return Part("retrieval", found._asdict(), text)
-
-
-def _horizons(asked: Asked) -> Part:
-    from ebt_jax.evaluation.vision import horizons
-
-    config = asked.config
-    rows = horizons.horizons(
-        asked.loaded.objective,
-        asked.loaded.params,
-        asked.batches,
-        context=config.data.context,
-        ahead=asked.values.horizons,
-        decode=asked.opened.decode,
-        thinking=asked.thinking,
-        seed=config.eval.seed,
-    )
-    return Part("horizons", [row._asdict() for row in rows], horizons.table(rows))
+    if values.horizons:
+        yield parts.horizons(asked, values.horizons)
+    if asked.config.model.space == "image" and asked.opened.decode is not None:
+        levels = _levels(values, asked.config)
+        passes = _passes(values, asked.config, asked.thinking)
+        yield parts.denoising(asked, levels, passes)
+    if values.probe:
+        yield parts.probe(asked)
+    if extract is not None:
+        yield parts.frechet(asked, extract)
+    if values.retrieval:
+        yield parts.retrieval(asked, values.retrieval)
 
 
 def _check_images(values: flags.FlagValues, config: Config) -> None:
@@ -394,9 +238,3 @@ def _numbers(values: flags.FlagValues, name: str, kind: type) -> list[Any]:
                 f"--{name} has {word!r}, but takes {rule} with commas between"
             ) from None
     return found
-
-
-def _objective(config: Config, diffusion: DiffusionConfig) -> Objective:
-    from ebt_jax.training.objective import build_objective
-
-    return build_objective(dataclasses.replace(config, diffusion=diffusion))

@@ -45,7 +45,8 @@ def page(tmp_path_factory):
         held_out=json.dumps(
             {
                 "denoising": [
-                    {"noise_level": 0.5, "what": "ebt", "passes": 3, **QUALITY}
+                    {"noise_level": 0.5, "what": what, "passes": passes, **QUALITY}
+                    for what, passes in (("filter 0.40", 0), ("ebt", 1), ("ebt", 3))
                 ],
                 "probe": {"trained": {"top_1": 0.625, "neighbours": 0.5}},
                 "retrieval": {"accuracy": 0.75, "chance": 0.25},
@@ -85,9 +86,9 @@ def test_pictures_are_in_the_page(page):
 def test_what_was_measured_is_in_tables(page):
     said = words(page)
     assert "0.5 ebt 3 21.5 460.2 0.875 0.0625" in said
-    assert "trained 0.625 – 0.5" in said
-    assert "accuracy 0.75 chance 0.25" in said
-    assert "1 0.5 0.25 9.5 0.5 0.25 9.5" in said
+    assert "trained 0.625 0.5" in said
+    assert "accuracy chance 0.75 0.25" in said
+    assert "1 9.5 0.5 0.25 9.5 0.5 0.25" in said
     assert "vision/broken.json cannot be read" in said
 
 
@@ -103,3 +104,14 @@ def test_results_and_curves_are_of_images_and_frames(page):
     assert thinking["series"][0]["y"] == pytest.approx([0.25, 0.125, 0.083333])
     assert thinking["series"][1]["y"] == 0.125
     assert "Token by token" not in said
+
+
+def test_passes_and_horizons_are_drawn(page):
+    numbers = json.loads(re.search(r"<script[^>]*json[^>]*>(.*?)</script>", page)[1])
+    level, curve = numbers["charts"]["passes"]["series"]
+    assert level["label"] == "filter 0.40: held_out, noise 0.5" and level["y"] == 21.5
+    assert curve["x"]["passes"] == [1, 3] and curve["y"] == [21.5, 21.5]
+    model, copying = numbers["charts"]["horizons"]["series"]
+    assert model["label"] == "video: held_out" and model["y"] == [0.25]
+    assert copying["label"].startswith("copying: ") and copying["run"] == 1
+    assert 'data-chart="passes"' in page and 'data-chart="horizons"' in page

@@ -38,13 +38,15 @@ def page(runs: Sequence[Run], thoughts: Sequence[Thoughts | None], command: str)
         "gradient": charts.gradient_chart(runs, thoughts),
         "shift": charts.shift_chart(runs),
         **judgements.doubt_charts(runs),
+        "passes": vision.passes_chart(runs),
+        "horizons": vision.horizons_chart(runs),
     }
     drawn = {name: chart for name, chart in drawn.items() if chart["series"]}
     sections = [
         *tables.results(runs),
         *tables.problems(runs),
         *vision.samples(runs),
-        *vision.measured(runs),
+        *vision.measured(runs, drawn),
         *pictures.learning(drawn),
         *pictures.thinking(drawn, runs, thoughts),
         *pictures.policy(runs, thoughts),

@@ -33,6 +33,20 @@ class Doubted(NamedTuple):
     curves: dict[str, dict[str, list[float | None]]]
 
 
+class Seen(NamedTuple):
+    """What `ebt evaluate` found out about images or video, see `evaluation.vision`.
+
+    Attributes:
+      denoising: `denoise.Row` by row, its quality among the other fields.
+      horizons: `horizons.Horizon` by row.
+      others: numbers by name of a part, such as `retrieval`, and its row.
+    """
+
+    denoising: list[dict[str, Any]]
+    horizons: list[dict[str, Any]]
+    others: dict[str, dict[str, dict[str, float]]]
+
+
 class Run(NamedTuple):
     """A workdir.
 
@@ -48,6 +62,7 @@ class Run(NamedTuple):
       policies: by the same names, numbers by the policy of thinking that gave them.
       doubts: measures of doubt, by the name of what was scored.
       verified: what `ebt evaluate --verification` found, by the same, `verify`.
+      seen: of images or video, by the name of what was scored.
       notes: what is missing or damaged, a sentence each.
     """
 
@@ -62,6 +77,7 @@ class Run(NamedTuple):
     policies: dict[str, dict[str, dict[str, float]]]
     doubts: dict[str, Doubted]
     verified: dict[str, dict[str, float]]
+    seen: dict[str, Seen]
     notes: list[str]
 
 
@@ -108,6 +124,7 @@ def read_run(path: Path, name: str) -> Run:
         verified=_read_folder(
             path, "verification", lambda found: _numbers(found["results"]), notes
         ),
+        seen=_read_folder(path, "vision", _seen, notes),
         notes=notes,
     )
 
@@ -299,6 +316,31 @@ def _doubted(found: dict[str, Any]) -> Doubted:
         for measure, curve in found["curves"].items()
     }
     return Doubted(_numbers(found["results"]), curves)
+
+
+def _seen(found: dict[str, Any]) -> Seen:
+    fields = ("noise_level", "what", "passes", "psnr", "mse", "ssim", "l1")
+    tables = {
+        "denoising": lambda row: {name: row[name] for name in fields},
+        "horizons": lambda row: {
+            "ahead": row["ahead"],
+            "model": _numbers(row["model"]),
+            "copying": _numbers(row["copying"]),
+        },
+    }
+    rows = {
+        name: [read(row) for row in found[name]] if name in found else []
+        for name, read in tables.items()
+    }
+    others = {
+        name: {"": _numbers(found[name])}
+        for name in ("fid", "retrieval")
+        if name in found
+    }
+    if "probe" in found:
+        probed = found["probe"].items()
+        others["probe"] = {of: _numbers(numbers) for of, numbers in probed}
+    return Seen(rows["denoising"], rows["horizons"], others)
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

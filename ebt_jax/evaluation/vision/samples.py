@@ -66,8 +66,7 @@ def write_image_samples(
       The paths.
     """
     key = jax.random.key(seed)
-    some = {name: jnp.asarray(values)[:count] for name, values in batch.items()}
-    some = noiser(model, diffusion, key)(some)
+    some = noiser(model, diffusion, key)(shown_rows(batch, count))
     from_noise = diffusion.noised_steps == diffusion.timesteps
     if from_noise:
         stages: dict[str, ArrayLike] = {"true": some["image"]}
@@ -125,7 +124,8 @@ def write_video_samples(
     Returns:
       The paths.
     """
-    clips = whole_clips(batch)[:count]
+    some = shown_rows(batch, count)
+    clips = whole_clips(some)
     continued = continue_clips(
         objective,
         params,
@@ -134,7 +134,7 @@ def write_video_samples(
         new_frames=clips.shape[1] - given,
         thinking=thinking,
         seed=seed,
-        indices=np.asarray(batch["index"])[:count].tolist(),
+        indices=some["index"].tolist(),
     ).frames
     # Given frames stand in both, as they are.
     made = np.concatenate([clips[:, :given], continued], axis=1)
@@ -188,6 +188,13 @@ def write_energy_maps(
     }
     note = f"Energies of patches, {low:.3g} (dark) to {high:.3g} (bright); means above."
     return write_grid(path, columns, note=note)
+
+
+def shown_rows(batch: Mapping[str, ArrayLike], count: int) -> dict[str, np.ndarray]:
+    """The first rows of a batch that count, at most so many: others only fill it up."""
+    weights = np.asarray(batch["weights"])
+    rows = np.flatnonzero(weights.reshape(len(weights), -1).all(axis=1))[:count]
+    return {name: np.asarray(values)[rows] for name, values in batch.items()}
 
 
 def _psnrs(stages: Mapping[str, ArrayLike]) -> str:
