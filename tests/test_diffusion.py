@@ -110,7 +110,7 @@ def test_who_knows_the_noise_gets_the_image_back(sampler, passes):
     noised = q_sample(PROCESS, IMAGES, jnp.full(3, 199), noise)
     keys = jax.random.split(jax.random.key(2), 3) if sampler == "ddpm" else None
     process = spaced(PROCESS, 200, passes)
-    image = denoise(process, oracle(PROCESS), noised, keys)
+    image = jax.jit(lambda x: denoise(process, oracle(PROCESS), x, keys))(noised)
     np.testing.assert_allclose(image, IMAGES, atol=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_ddpm_steps_have_the_right_noise():
     half = type(process)(*(x[25:] for x in process))  # stops at the 25th step
     half = half._replace(timestep=process.timestep[25:])
     keys = jax.random.split(jax.random.key(1), 1)
-    found = denoise(half, predict, noised, keys)
+    found = jax.jit(lambda x: denoise(half, predict, x, keys))(noised)
     # The last step of the half process adds none, as if it were the first.
     expected = process.before[25]
     mean = np.sqrt(1 - process.beta[25]) * (1 - expected) / (1 - process.kept[25])
@@ -147,6 +147,7 @@ def test_the_bound_is_least_for_the_true_noise_and_variance():
     step = jnp.array([1, 20, 50])
     noised = q_sample(PROCESS, IMAGES, step, noise)
 
+    @jax.jit
     def both(predicted, between):
         output = jnp.concatenate([predicted, jnp.full_like(noise, between)], axis=-1)
         return losses(PROCESS, output, IMAGES, noised, step, noise)
@@ -165,7 +166,7 @@ def test_the_bound_is_least_for_the_true_noise_and_variance():
 def test_levels_of_a_pixel_share_all_probability():
     levels = jnp.linspace(-1, 1, 256)
     for mean, scale in ((0.1, 0.2), (-0.97, 0.01), (1.2, 0.5)):
-        logs = level_log_likelihood(levels, jnp.float32(mean), jnp.log(scale))
+        logs = jax.jit(level_log_likelihood)(levels, mean, np.log(scale))
         np.testing.assert_allclose(jnp.exp(logs).sum(), 1.0, atol=1e-5)
     noise = jnp.zeros((1, 2, 2, 1))
     image = jnp.full_like(noise, 0.25)

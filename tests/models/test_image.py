@@ -136,6 +136,22 @@ def test_refinement_starts_from_the_noised_image(ebt):
     assert objective.measure == "smooth_l1"
 
 
+def test_policies_of_thinking_reach_images(ebt):
+    objective, params = ebt
+    policy = Thinking(num_steps=3, tolerance=0.0, best_of=2)
+
+    @jit
+    def assessed(params):
+        longer = objective.evaluate(params, BATCH, KEY, 3)
+        return longer, objective.assess(params, BATCH, KEY, policy)
+
+    longer, found = assessed(params)
+    assert found["nll"].shape == (1, 4) and found["mse"].shape == (1, 4)
+    assert (found["num_steps"] <= 3).all() and longer["nll"].shape == (3, 4)
+    np.testing.assert_allclose(found["spread"], 0, atol=1e-6)  # one start, no noise
+    np.testing.assert_allclose(found["energy"][0], longer["energy"][0], rtol=1e-5)
+
+
 def test_the_loss_of_images_is_a_mean_over_those_that_count(ebt):
     objective, params = ebt
     batch = {**BATCH, "noised": 0.5 * BATCH["image"]}
