@@ -49,7 +49,8 @@ def test_psnr_is_the_papers():
         ours = mse * (2 / 255) ** 2
         assert measures.psnr(ours) == pytest.approx(expected, abs=0.005)
         assert measures.in_255(ours) == pytest.approx(mse)
-    assert measures.psnr(0.0) == math.inf
+    assert measures.psnr(0.0) == math.inf and measures.psnr(math.inf) == -math.inf
+    assert math.isnan(measures.psnr(math.nan))
 
 
 def test_psnr_is_that_of_scikit_image_and_of_the_mean_error_of_a_set():

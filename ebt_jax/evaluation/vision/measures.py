@@ -96,7 +96,9 @@ def psnr(mse: float, peak: float = PEAK) -> float:
       mse: mean squared error.
       peak: difference of the largest and the smallest value that there can be.
     """
-    return 10 * math.log10(peak**2 / mse) if mse > 0 else math.inf
+    if mse == 0:
+        return math.inf
+    return 20 * math.log10(peak) - 10 * math.log10(mse)
 
 
 def in_255(mse: float) -> float:

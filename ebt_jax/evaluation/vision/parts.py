@@ -116,7 +116,7 @@ def probe(asked: Asked) -> Part:
     """
     model, classes = asked.config.model, len(asked.opened.labels)
     training = asked.training(0)
-    untrained = asked.objective.init(jax.random.key(asked.config.train.seed))
+    untrained = jax.jit(asked.objective.init)(jax.random.key(asked.config.train.seed))
     numbers, lines = {}, [f"{'features':<12}{'top 1':>8}{'top 5':>8}{'k-NN':>8}"]
     for name, params in (("trained", asked.params), ("untrained", untrained)):
         known = labelled_features(model, params, training)
