@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ebt_jax.training.sharding import NumpyBatch
     from ebt_jax.verbs.model import Trained
 
+# Names that say nothing without that of the folder before them.
+SPLITS = ("train", "valid", "validation", "val", "dev", "test", "data")
 CORRUPTIONS = 3  # of each kind and sequence
 FLAGS = (
     Flag(
@@ -128,8 +130,10 @@ def data_name(data: str | None) -> str:
     """
     if data is None:
         return "held_out"
-    last = re.split(r"[/:]", data.rstrip("/*"))[-1]
+    *before, last = re.split(r"[/:]", data.rstrip("/*"))
     name = re.sub(r"(\.(txt|jsonl|parquet|gz|xz|zst))+$", "", last)
+    if name in SPLITS and before:
+        name = f"{before[-1]}_{name}"
     return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "data"
 
 

@@ -60,6 +60,8 @@ def thinking_chart(runs: Sequence[Run]) -> Chart:
         elif loss in run.results and "eval/energy_gap" not in run.results:
             level = run.results[loss]
             curves.append({"label": run.name, "run": i, "kind": "level", "y": level})
+    if all(curve["kind"] == "level" for curve in curves):
+        curves = []  # there are no steps to draw them across
     return _per_step("refinement step", f"held-out {losses(runs)}", curves)
 
 

@@ -177,12 +177,18 @@ def thinned(
 
 
 def thinking_curve(run: Run) -> list[float]:
-    """Held-out loss after 1, 2, ... refinement steps; empty if there is no curve."""
-    curve, step, name = [], 1, f"thinking/{measure(run)}/step"
-    while f"{name}_{step}" in run.results:
-        curve.append(run.results[f"{name}_{step}"])
-        step += 1
-    return curve
+    """Held-out loss after 1, 2, ... refinement steps; empty if there is no curve.
+
+    Of a run that has not finished as many steps as in training.
+    """
+    for part in ("thinking", "eval"):
+        curve: list[float] = []
+        name = f"{part}/{measure(run)}/step"
+        while f"{name}_{len(curve) + 1}" in run.results:
+            curve.append(run.results[f"{name}_{len(curve) + 1}"])
+        if curve:
+            return curve
+    return []
 
 
 def measure(run: Run) -> str:

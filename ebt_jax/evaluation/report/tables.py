@@ -33,6 +33,7 @@ SIDE_BY_SIDE = 3  # runs whose tables are narrow enough
 
 # Results of a task that stand in the table of all tasks; the others are folded away.
 HEADLINES = {
+    "think": "policy",
     "counts.items": "items",
     "results.perplexity": "perplexity",
     "results.answer_perplexity": "of the answers",
@@ -189,7 +190,7 @@ def _steps(run: Run) -> str:
 
 def _tokens_seen(run: Run) -> float | None:
     per_step = tokens_per_step(run)
-    return per_step and run.rows[-1]["step"] * per_step
+    return per_step and round(run.rows[-1]["step"] * per_step)
 
 
 def _result(runs: Sequence[Run], name: str) -> list[str]:
