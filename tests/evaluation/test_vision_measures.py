@@ -99,7 +99,7 @@ def test_a_fitted_probe_is_a_minimum():
 
 
 def test_nearest_neighbours_vote():
-    features, labels = gaussian_classes(0)
+    features, labels = gaussian_classes(0, 300)
     assert probe.neighbour_accuracy(features, labels, features, labels, 1) == 1.0
     # Cosines ask for directions: three of them, far apart.
     random = np.random.default_rng(0)
