@@ -12,14 +12,8 @@ from ebt_jax import replay
 from ebt_jax.errors import UserError
 from ebt_jax.objective_config import ObjectiveConfig, system_2
 from ebt_jax.replay import EMPTY, NONE, ReplayConfig
-from ebt_jax.training.config import (
-    Config,
-    MeshConfig,
-    TrainConfig,
-    from_json,
-    resolve,
-    to_json,
-)
+from ebt_jax.training.config import Config, MeshConfig, TrainConfig, from_json, to_json
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.sharding import check_replay, make_mesh
 
 KEY = jax.random.key(3)

@@ -24,16 +24,10 @@ from ebt_jax.objectives import refined
 from ebt_jax.refine import Schedule
 from ebt_jax.replay import EMPTY, ReplayConfig
 from ebt_jax.training import checkpoint
-from ebt_jax.training.config import (
-    CheckpointConfig,
-    Config,
-    MeshConfig,
-    TrainConfig,
-    resolve,
-    scored_sequences,
-)
+from ebt_jax.training.config import CheckpointConfig, Config, MeshConfig, TrainConfig
 from ebt_jax.training.guard import new_guard
 from ebt_jax.training.objective import build_objective
+from ebt_jax.training.resolve import resolve, scored_sequences
 from ebt_jax.training.saving import Saver
 from ebt_jax.training.sharding import (
     global_batch,

@@ -29,13 +29,8 @@ from ebt_jax.evaluation.bench_settings import Settings
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup, system_2
 from ebt_jax.thinking import Thinking
-from ebt_jax.training.config import (
-    Config,
-    OptimConfig,
-    TrainConfig,
-    resolve,
-    resolve_vision,
-)
+from ebt_jax.training.config import Config, OptimConfig, TrainConfig
+from ebt_jax.training.resolve import resolve, resolve_vision
 
 
 def bench(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
@@ -156,7 +151,7 @@ def bench_config(settings: Settings, kind: str, batch: int) -> Config:
 def about(settings: Settings) -> dict[str, Any]:
     """What was measured, where and when."""
     config = bench_config(settings, settings.models[0], settings.batch[0])
-    ebt = {
+    ebt: dict[str, Any] = {
         "system": settings.system,
         "refine_steps": config.refine.num_steps,
     }

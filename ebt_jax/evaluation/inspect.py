@@ -22,10 +22,11 @@ from ebt_jax.evaluation.flops import (
 )
 from ebt_jax.evaluation.planning import communication_table, memory_table
 from ebt_jax.refine import PyTree
-from ebt_jax.training.config import Config, scored_sequences
+from ebt_jax.training.config import Config
 from ebt_jax.training.objective import batch_shapes as whole_batch_shapes
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
+from ebt_jax.training.resolve import scored_sequences
 from ebt_jax.training.sharding import (
     batch_parts,
     batch_sharding,

@@ -16,7 +16,8 @@ from ebt_jax.evaluation.flops import (
     tokens_per_sequence,
 )
 from ebt_jax.refine import PyTree
-from ebt_jax.training.config import Config, scored_sequences
+from ebt_jax.training.config import Config
+from ebt_jax.training.resolve import scored_sequences
 from ebt_jax.training.sharding import batch_parts
 from ebt_jax.training.step import TrainState
 

@@ -97,7 +97,7 @@ def learning_rates(config: OptimConfig) -> dict[str, Schedule]:
     if not config.schedule_steps:
         raise UserError(
             "optim.schedule_steps is 0, which stands for train.steps; set it, or pass "
-            "the config through ebt_jax.training.config.resolve"
+            "the config through ebt_jax.training.resolve"
         )
     peak = config.peak_lr
     step_size_peak = peak * config.step_size_lr_multiplier

@@ -14,7 +14,8 @@ from ebt_jax.evaluation import generation
 from ebt_jax.interfaces import Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.thinking import Thinking
-from ebt_jax.training.config import Config, resolve
+from ebt_jax.training.config import Config
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.sharding import NumpyBatch
 
 # (objective, params, held-out batches, workdir) -> lines to print; writes samples
@@ -52,7 +53,7 @@ def open_task(config: Config) -> Task:
 
 
 def resolved(config: Config) -> Config:
-    """A config with the sizes that its data decide, see `config.resolve`.
+    """A config with the sizes that its data decide, see `resolve.resolve`.
 
     Text itself is not read, its tokenizer is; pictures are.
 

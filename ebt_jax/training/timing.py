@@ -10,7 +10,8 @@ import jax
 
 from ebt_jax.evaluation.flops import analytic_flops, tokens_per_sequence
 from ebt_jax.refine import PyTree
-from ebt_jax.training.config import Config, scored_sequences
+from ebt_jax.training.config import Config
+from ebt_jax.training.resolve import scored_sequences
 
 # Dense bf16 FLOP/s of a device, by the beginning of its `device_kind`. A chip of TPU v4
 # and v5p is one device.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from ebt_jax.data import pipeline, vision_pipeline
 from ebt_jax.data.vision_pipeline import VisionData
@@ -13,7 +14,8 @@ from ebt_jax.evaluation.vision import samples
 from ebt_jax.interfaces import Objective
 from ebt_jax.refine import PyTree
 from ebt_jax.thinking import Thinking
-from ebt_jax.training.config import Config, resolve_vision
+from ebt_jax.training.config import Config
+from ebt_jax.training.resolve import resolve_vision
 from ebt_jax.training.sharding import NumpyBatch
 from ebt_jax.training.task import Show, Task
 
@@ -83,11 +85,13 @@ def show_pictures(config: Config, held_out: VisionData) -> Show:
     def show(
         objective: Objective, params: PyTree, batches: Iterable[NumpyBatch], path: Path
     ) -> str:
-        if held_out.decode is None:
+        decode = held_out.decode
+        if decode is None:
             return (
                 f"no samples: what vision.encoder {config.vision.encoder!r} makes of "
                 "pictures cannot be made pictures again"
             )
+        pictures = lambda values: decode(np.asarray(values))
         batch, seed = next(iter(batches)), config.eval.seed
         trained = config.eval.num_steps or config.refine.num_steps
         if config.model.space == "video":
@@ -97,7 +101,7 @@ def show_pictures(config: Config, held_out: VisionData) -> Show:
                 objective,
                 params,
                 batch,
-                held_out.decode,
+                pictures,
                 context=context,
                 given=(context + 2) // 2,
                 frame_seconds=config.vision.frame_seconds,
@@ -112,7 +116,7 @@ def show_pictures(config: Config, held_out: VisionData) -> Show:
                 objective,
                 params,
                 batch,
-                held_out.decode,
+                pictures,
                 steps=range(1, max(trained, SHOWN_STEPS) + 1),
                 seed=seed,
                 filtered=config.vision.encoder == "none",

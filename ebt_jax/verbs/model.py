@@ -69,7 +69,7 @@ def open_trained(
       UserError: if there is no such checkpoint, or there are no such devices.
     """
     from ebt_jax.data import tokenizers
-    from ebt_jax.training.config import resolve
+    from ebt_jax.training.resolve import resolve
 
     config = dataclasses.replace(config, mesh=parse_mesh(mesh_text))
     tokenizer = tokenizers.load(config.data.tokenizer)

@@ -18,8 +18,9 @@ from ebt_jax.evaluation.inspect import batch_shapes
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.thinking import Thinking
-from ebt_jax.training.config import Config, TrainConfig, resolve
+from ebt_jax.training.config import Config, TrainConfig
 from ebt_jax.training.objective import build_objective
+from ebt_jax.training.resolve import resolve
 
 A, B = jnp.ones((4, 5)), jnp.ones((5, 6))
 PRODUCT = 2 * 4 * 5 * 6

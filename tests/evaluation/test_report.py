@@ -23,6 +23,7 @@ from ebt_jax.training import config as c
 from ebt_jax.training.environment import record_environment
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.saving import Saver
 from ebt_jax.training.sharding import make_mesh
 from ebt_jax.training.step import init_state
@@ -35,7 +36,7 @@ CORPUS = "</script><b>Energy</b> & rest: it falls until nothing changes.\n" * 20
 
 def run_config(corpus, **model):
     model = {"num_layers": 1, "num_heads": 1, "dim": 4, **model}
-    return c.resolve(
+    return resolve(
         c.Config(
             model=ModelConfig(conditioning="default", **model),
             refine=RefineSetup(num_landscapes=2),
@@ -259,7 +260,7 @@ def test_damage_is_named_and_the_rest_is_shown(folder, tmp_path):
     assert "task run items perplexity gsm8k killed 20 7.5 All numbers" in said
     assert "results. nll/step_ 1 2.25" in said and "scores" not in said
     drawn = {a["data-chart"] for _, a in page.tags if "data-chart" in a}
-    assert drawn == {"learning", "thinking"}
+    assert drawn == {"learning"}  # nothing takes steps
     assert numbers(out.read_text())["thoughts"] == []
 
 

@@ -14,6 +14,7 @@ from ebt_jax.evaluation.uncertainty import Doubts, doubt_curves, judge
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import RefineSetup
 from ebt_jax.training import config as c
+from ebt_jax.training.resolve import resolve
 
 CURVE = [2.0, 1.5, 1.25]  # held-out nll; two steps are the trained number
 TASK = [3.0, 2.5, 2.0, 1.75]
@@ -27,7 +28,7 @@ def write(path, *, seed=0, nll=1.5, curve=CURVE, **model):
         train=c.TrainConfig(seed=seed),
     )
     path.mkdir(parents=True)
-    (path / "config.json").write_text(c.to_json(c.resolve(config, 256)))
+    (path / "config.json").write_text(c.to_json(resolve(config, 256)))
     (path / "metrics.jsonl").write_text('{"step": 1}\n')
     summary = {f"thinking/nll/step_{i}": value for i, value in enumerate(curve, 1)}
     (path / "summary.json").write_text(json.dumps({"eval/nll": nll, **summary}))
@@ -147,6 +148,19 @@ def test_gain_of_thinking_against_shift(tmp_path, two):
     (series,) = numbers(text)["charts"]["shift"]["series"]
     assert series["label"] == "ebt, more steps"
     assert series["x"]["shift"] == [1.0, 2.7183]
+
+
+def test_a_run_that_has_not_finished_has_the_steps_of_its_last_evaluation(tmp_path):
+    path = write(tmp_path / "ebt")
+    row = {"step": 5, "eval/nll": 1.5} | {
+        f"eval/{k}": v for k, v in steps(CURVE).items()
+    }
+    (path / "summary.json").unlink()
+    (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    add_task(path, "dyck", fixed=steps(TASK))
+    assert [gain.data for gain in gains(read_run(path, "ebt"))][-1] == "dyck"
+    (series,) = numbers(report(tmp_path, path))["charts"]["thinking"]["series"]
+    assert series["y"] == CURVE
 
 
 def test_runs_that_differ_in_their_seed_share_a_row(tmp_path):

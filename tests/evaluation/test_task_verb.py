@@ -12,7 +12,8 @@ from ebt_jax.evaluation.tasks.run import Result
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import RefineSetup
 from ebt_jax.training import checkpoint, objective
-from ebt_jax.training.config import Config, EvalConfig, resolve
+from ebt_jax.training.config import Config, EvalConfig
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.workdir import claim_workdir
 from ebt_jax.verbs.evaluate_judgement import data_name
 
@@ -193,7 +194,9 @@ def test_names_of_what_was_scored():
     names = {
         None: "held_out",
         "corpus/other.txt.gz": "other",
-        "tfds:lm1b/test": "test",
+        "tfds:lm1b/test": "lm1b_test",
+        "wikitext2/valid.txt.gz": "wikitext2_valid",
+        "test.txt": "test",
         "a b/*": "a_b",
         "..": "data",
     }

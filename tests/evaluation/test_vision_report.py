@@ -10,7 +10,8 @@ from ebt_jax.evaluation.report.make import make_report
 from ebt_jax.evaluation.vision import grids
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import RefineSetup
-from ebt_jax.training.config import Config, resolve_vision
+from ebt_jax.training.config import Config
+from ebt_jax.training.resolve import resolve_vision
 from ebt_jax.training.workdir import claim_workdir
 
 SMALL = {"num_layers": 1, "num_heads": 1, "dim": 8}

@@ -20,8 +20,8 @@ from ebt_jax.training.config import (
     LogConfig,
     OptimConfig,
     TrainConfig,
-    resolve,
 )
+from ebt_jax.training.resolve import resolve
 
 VOCAB, CONTEXT = 11, 8
 

@@ -8,8 +8,9 @@ import pytest
 
 from ebt_jax.errors import StorageError, UserError
 from ebt_jax.training import checkpoint, manifest
-from ebt_jax.training.config import Config, resolve, to_json
+from ebt_jax.training.config import Config, to_json
 from ebt_jax.training.loop import fit
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.task import show_text
 from ebt_jax.training.workdir import checkpoint_steps, claim_workdir
 

@@ -13,16 +13,11 @@ from ebt_jax.errors import UserError
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import RefineSetup
 from ebt_jax.training import checkpoint, initial
-from ebt_jax.training.config import (
-    Config,
-    LogConfig,
-    MeshConfig,
-    TrainConfig,
-    resolve,
-)
+from ebt_jax.training.config import Config, LogConfig, MeshConfig, TrainConfig
 from ebt_jax.training.loop import fit
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.saving import Saver
 from ebt_jax.training.sharding import make_mesh, state_target
 from ebt_jax.training.step import init_state

@@ -13,9 +13,10 @@ from ebt_jax.evaluation.collectives import count_collectives
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.training.checkpoint import restore
-from ebt_jax.training.config import Config, MeshConfig, TrainConfig, resolve
+from ebt_jax.training.config import Config, MeshConfig, TrainConfig
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.saving import Saver
 from ebt_jax.training.sharding import (
     global_batch,

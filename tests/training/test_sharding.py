@@ -9,9 +9,10 @@ import pytest
 
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.training.config import Config, MeshConfig, TrainConfig, resolve
+from ebt_jax.training.config import Config, MeshConfig, TrainConfig
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.sharding import (
     PARAMETERS,
     arrange,

@@ -5,8 +5,9 @@ import jax
 import pytest
 
 from ebt_jax.training import timing
-from ebt_jax.training.config import Config, ModelConfig, resolve
+from ebt_jax.training.config import Config, ModelConfig
 from ebt_jax.training.objective import build_objective
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.timing import Stopwatch, flops_per_update, peak_flops
 
 

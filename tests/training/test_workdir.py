@@ -2,7 +2,8 @@ import pytest
 
 from ebt_jax.errors import UserError
 from ebt_jax.training import workdir
-from ebt_jax.training.config import Config, OptimConfig, TrainConfig, resolve
+from ebt_jax.training.config import Config, OptimConfig, TrainConfig
+from ebt_jax.training.resolve import resolve
 
 
 def test_a_workdir_that_is_empty_text():

@@ -24,8 +24,9 @@ from ebt_jax.interfaces import Denoiser, EnergyModel, FeedForward
 from ebt_jax.refine import make_schedule
 from ebt_jax.thinking import Thinking
 from ebt_jax.training import checkpoint
-from ebt_jax.training.config import Config, resolve
+from ebt_jax.training.config import Config
 from ebt_jax.training.objective import build_objective
+from ebt_jax.training.resolve import resolve
 from ebt_jax.training.workdir import read_config
 
 TOP = 5  # candidates shown of each step
