@@ -70,7 +70,7 @@ def pictures(values):
 @functools.cache
 def params_of(model):
     """Parameters of which none is 0, so that there is something to predict."""
-    drawn = build(model, DIFFUSION).init(jax.random.key(0))
+    drawn = jax.jit(build(model, DIFFUSION).init)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(drawn)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [

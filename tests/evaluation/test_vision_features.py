@@ -35,7 +35,8 @@ def test_patches_are_averaged_where_pictures_count():
         patch=2,
         num_landscapes=1,
     )
-    params = models.build(model, DiffusionConfig()).init(jax.random.key(0))
+    init = models.build(model, DiffusionConfig()).init
+    params = jax.jit(init)(jax.random.key(0))
     images = np.random.default_rng(0).normal(size=(4, 4, 4, 1)).astype(np.float32)
     batch = {
         "image": images,
@@ -44,8 +45,8 @@ def test_patches_are_averaged_where_pictures_count():
     }
     found, labels = labelled_features(model, params, [batch, batch])
     assert labels.tolist() == [3, 2, 0] * 2
-    each = features(model, params, {}, jnp.asarray(images)).mean(axis=1)
-    expected = np.asarray(each)[[0, 2, 3]]
+    each = jax.jit(lambda params: features(model, params, {}, jnp.asarray(images)))
+    expected = np.asarray(each(params)).mean(axis=1)[[0, 2, 3]]
     assert found == pytest.approx(np.concatenate([expected, expected]), abs=1e-5)
     del batch["label"]
     with pytest.raises(UserError, match="the data has none"):

@@ -53,7 +53,7 @@ def video():
         frame_size=SIDE * SIDE,
     )
     objective = feed_forward(models.build(config), ObjectiveConfig())
-    return objective, objective.init(jax.random.key(0))
+    return objective, jax.jit(objective.init)(jax.random.key(0))
 
 
 def predicted(objective, params, ahead):
