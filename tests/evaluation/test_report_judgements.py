@@ -170,14 +170,14 @@ def test_runs_that_differ_in_their_seed_share_a_row(tmp_path):
         write(tmp_path / "wide", seed=0, nll=1.25, ffn_multiplier=2.0),
     ]
     add_task(paths[0], "dyck", fixed=steps(TASK), best_n={"nll": 2.5})
-    said = Page(report(tmp_path, *paths)).said()
+    said = Page(report(tmp_path, *paths)).said().replace("\xa0", " ")
     assert "held-out text, 3 steps gain, %: dyck, 4 steps gain, %: dyck, best:n" in said
     gain = 100 * (1 - math.exp(-0.25))
     mean, deviation = gain / 2, gain / math.sqrt(2)
     nll = f"1.6250 ± {0.25 / math.sqrt(2):.4f}"
     assert f"2 {nll} {mean:.2f} ± {deviation:.2f} 52.76 0.00" in said
     assert f"wide model. ffn_ multiplier 2 1 1.2500 {gain:.2f}" in said
-    assert "s2 model. ffn_ multiplier 1 2" in said
+    assert "s2 – 2 1.6250" in said
     assert "Over seeds" not in Page(report(tmp_path, *paths[1:])).said()
 
 
@@ -201,7 +201,7 @@ def test_what_is_damaged_is_named(tmp_path, two):
 def test_words_for_numbers():
     assert percent(0.125) == "+12.5&nbsp;%" and percent(math.nan) == "–"
     assert spread([], 2) == "–" and spread([1.0], 2) == "1.00"
-    assert spread([1.0, 3.0], 1) == "2.0 ± 1.4"
+    assert spread([1.0, 3.0], 1) == "2.0&nbsp;±&nbsp;1.4"
 
 
 def test_settings_that_cannot_be_read_are_no_seeds(tmp_path):

@@ -94,13 +94,14 @@ def gradient_chart(runs: Sequence[Run], thoughts: Sequence[Thoughts | None]) -> 
 def shift_chart(runs: Sequence[Run]) -> Chart:
     """Gain of thinking, per cent, against how far data is from that of training."""
     curves = []
-    for i, run in enumerate(runs):
+    for run in runs:
         found = gains(run)
         for way in dict.fromkeys(gain.way for gain in found):
             these = [gain for gain in found if gain.way == way]
             if len(these) < 2:
                 continue  # such as nothing but held-out text
-            about = {"label": f"{run.name}, {way}", "run": i, "kind": "thick"}
+            # A run may have several curves: they, not runs, are told apart by colour.
+            about = {"label": f"{run.name}, {way}", "run": len(curves), "kind": "thick"}
             x = {"shift": finite_list([gain.shift for gain in these])}
             y = finite_list([100 * gain.share for gain in these])
             curves.append({**about, "x": x, "y": y})

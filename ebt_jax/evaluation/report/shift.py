@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ebt_jax.evaluation.report.markup import (
     DASH,
@@ -123,7 +123,11 @@ def seeds_section(runs: Sequence[Run]) -> list[Section]:
     if all(len(group) == 1 for group in groups):
         return []
     firsts = [group[0] for group in groups]
-    changed = [key for key in differing(firsts) if key != "train.seed"]
+    changed = {
+        key: max(values, key=values.count)  # what most have, or the first
+        for key, values in differing(firsts).items()
+        if key != "train.seed"
+    }
     by_group = [[gain for run in group for gain in gains(run)] for group in groups]
     every = sorted((gain for found in by_group for gain in found), key=_column)
     columns = {_column(gain): said(gain) for gain in every}
@@ -146,7 +150,7 @@ def seeds_section(runs: Sequence[Run]) -> list[Section]:
         )
     head = [
         "config",
-        "what differs",
+        "what is its own",
         "seeds",
         "held-out loss",
         *(
@@ -181,22 +185,23 @@ def percent(share: float) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample standard deviation of some values."""
+    """Mean and sample standard deviation of some values, as HTML."""
     if not values:
         return DASH
     mean = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return f"{mean}&nbsp;±&nbsp;{statistics.stdev(values):.{digits}f}"
 
 
-def _settings(run: Run, keys: Sequence[str]) -> str:
-    said = [
+def _settings(run: Run, usual: dict[str, Any]) -> str:
+    """What a run has that is not usual."""
+    unusual = [
         f"<code>{breakable(key)}</code> {number(run.settings[key])}"
-        for key in keys
-        if key in run.settings
+        for key, value in usual.items()
+        if key in run.settings and run.settings[key] != value
     ]
-    return "<br>".join(said) or DASH
+    return "<br>".join(unusual) or DASH
 
 
 def _common_name(group: Sequence[Run]) -> str:
