@@ -90,8 +90,10 @@ def run(values: flags.FlagValues) -> None:
 VERB = Verb(
     summary="score text, images or video: losses, energies, tables",
     details="Scores what the run has held out, or any text, or benchmark tasks: --task "
-    "writes\nthe scores of each item to WORKDIR/tasks. Of images PSNR, MSE, SSIM and "
-    "L1 against\nforward passes. The batch size changes no result.\n\n" + DETAILS,
+    "writes\nthe scores of each item to WORKDIR/tasks, --uncertainty and "
+    "--verification to\nfolders of their names, for `ebt report`. Of images PSNR, MSE, "
+    "SSIM and L1\nagainst forward passes. The batch size changes no result.\n\n"
+    + DETAILS,
     example="ebt evaluate --workdir=runs/a --think=fixed:steps=4",
     call=run,
     flags=(

@@ -35,7 +35,7 @@ FLAGS = (
     ),
     Flag(
         "verification",
-        "whether energy tells true continuations from corrupted ones",
+        "whether energy tells true text from corrupted",
         False,
         flags.DEFINE_boolean,
     ),
