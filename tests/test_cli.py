@@ -117,7 +117,6 @@ def test_help_does_not_wait_for_jax():
             "config file 'nowhere.py' does not exist",
         ),
         (["evaluate"], "--workdir is missing"),
-        (["generate", "--workdir=x"], "--prompt is missing"),
         (["generate", "--workdir=x", "--prompt=a", "--samples=0"], "--samples=0"),
         (
             ["generate", "--workdir=x", "--prompt=a", "--think=best_of:n=0"],
@@ -366,6 +365,12 @@ def test_generate_continues_every_prompt(capsys, workdir):
     prompts = ["--prompt=Energy", "--prompt", "ans"]
     text = output(capsys, "generate", f"--workdir={workdir}", *prompts, "--new=3")
     assert text.startswith("Energy") and "\n\nans" in text
+
+
+def test_generate_needs_a_prompt_and_writes_no_picture(fails, workdir):
+    assert "--prompt is missing" in fails(["generate", f"--workdir={workdir}"])
+    told = fails(["generate", f"--workdir={workdir}", "--prompt=a", "--out=a.png"])
+    assert "--out is of images and video, but the run is of text" in told
 
 
 def test_generate_prints_lines_of_json(capsys, workdir):

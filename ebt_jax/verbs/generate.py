@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 def run(values: flags.FlagValues) -> None:
     """Continues prompts with a checkpoint of --workdir and prints the texts."""
     workdir = required(values, "workdir", "the folder of a trained run")
+    stream = _streamed(values, len(values.prompt or ()) * values.samples)
     thinking = parse_thinking(values.think)
 
     from ebt_jax.training.workdir import open_workdir
@@ -48,7 +49,6 @@ def run(values: flags.FlagValues) -> None:
     if values.out is not None:
         raise UserError("--out is of images and video, but the run is of text; drop it")
     prompts = required(values, "prompt", "a text to continue, once or more")
-    stream = _streamed(values, len(prompts) * values.samples)
 
     from ebt_jax.evaluation.generation import generate
     from ebt_jax.evaluation.sampling import Sampling
