@@ -20,7 +20,8 @@ Words, joined by commas after the colon:
     tiny            seconds; for tests
 
 The published step sizes suit frames of 3,136 numbers; quickstart and tiny, whose frames
-are small, begin with 30 in System 1 and take 3 in System 2.
+are small, begin with 3: after 800 steps of the quickstart smooth L1 was 0.052 from 3,
+0.065 from 30 and 0.071 from 30,000 (one run each).
 
 From noise a model cannot get far where a frame has more numbers than the model is wide:
 a step changes a candidate by a combination of the projection's `dim` directions, and
@@ -63,7 +64,7 @@ from ebt_jax.training.presets import PEAK_LR, parse_words, with_step_size
 METHODS = ("s1", "s2", "transformer_pp")
 SETTINGS = ("quickstart", "tiny")
 OPTIONS = ("most_recent",)
-SMALL_FRAMES = {"s1": 30.0, "s2": 3.0}  # step sizes of quickstart and tiny
+SMALL_FRAMES = {"s1": 3.0, "s2": 3.0}  # step sizes of quickstart and tiny
 REPLAYED_BATCHES = 6  # that the buffer holds (published: 192 sequences, 32 at a time)
 
 
