@@ -13,10 +13,12 @@ Words, joined by commas after the colon:
                     sizes around 3000, loss on the last, replay buffer
     transformer_pp  the feed-forward baseline with the same blocks
     most_recent     candidates start from the frame before instead of noise
+    anchored        the candidate stream starts from candidate + frame before, as in
+                    experiments/text.py; no step embedding. Not published
     size=SIZE       4xs, 3xs, xxs (the default), xs, small, medium, large or xl, with a
                     third of the published learning rate, that of Transformer++
     step_size=X     initial step size, with its published learning rate of 3 X peak_lr
-    quickstart      most_recent, 4xs, 16 x 16 pixels, for minutes on a laptop
+    quickstart      most_recent, anchored, 4xs, 16 x 16 pixels, for minutes on a laptop
     tiny            seconds; for tests
 
 The published step sizes suit frames of 3,136 numbers; quickstart and tiny, whose frames
@@ -63,7 +65,7 @@ from ebt_jax.training.presets import PEAK_LR, parse_words, with_step_size
 
 METHODS = ("s1", "s2", "transformer_pp")
 SETTINGS = ("quickstart", "tiny")
-OPTIONS = ("most_recent",)
+OPTIONS = ("most_recent", "anchored")
 SMALL_FRAMES = {"s1": 3.0, "s2": 3.0}  # step sizes of quickstart and tiny
 REPLAYED_BATCHES = 6  # that the buffer holds (published: 192 sequences, 32 at a time)
 
@@ -83,14 +85,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         step_size = SMALL_FRAMES[method]
     if step_size is not None:
         config = with_step_size(config, step_size)
-    if words.options or (words.setting == "quickstart" and not words.method):
-        if method == "transformer_pp":
-            raise UserError(
-                f"preset {arg!r} says where candidates start, but transformer_pp has "
-                "none; leave out 'most_recent'"
-            )
-        start = dataclasses.replace(config.refine, initial_candidate="most_recent")
-        config = dataclasses.replace(config, refine=start)
+    options = words.options
+    if options and method == "transformer_pp":
+        raise UserError(
+            f"preset {arg!r} says something of candidates, but transformer_pp has "
+            f"none; leave out {options[0]!r}"
+        )
+    if words.setting == "quickstart" and not (words.method or options):
+        options = OPTIONS
+    config = _with_options(config, options)
     config = _setting(words.setting, config)
     if method == "s2":
         part = config.train.batch_size // config.train.accumulation
@@ -136,21 +139,37 @@ def _method(method: str, size: str) -> Config:
     return dataclasses.replace(config, model=model, optim=optim)
 
 
+def _with_options(config: Config, options: tuple[str, ...]) -> Config:
+    """Where candidates start from, and what they are added to."""
+    model, refine = config.model, config.refine
+    if "most_recent" in options:
+        refine = dataclasses.replace(refine, initial_candidate="most_recent")
+    if "anchored" in options:
+        model = dataclasses.replace(
+            model, candidate_input="anchored", conditioning="default"
+        )
+        refine = dataclasses.replace(refine, num_landscapes=1)
+    return dataclasses.replace(config, model=model, refine=refine)
+
+
 def _setting(setting: str, config: Config) -> Config:
     """Data, length and evaluation of a setting."""
     if not setting:
         return config
-    steps = {"quickstart": 800, "tiny": 4}[setting]
+    steps = {"quickstart": 2000, "tiny": 4}[setting]
     config = dataclasses.replace(
         config,
         optim=dataclasses.replace(
-            config.optim, warmup_steps=min(100, steps // 2), schedule_steps=0
+            config.optim,
+            peak_lr=PEAK_LR[config.model.size],
+            warmup_steps=min(100, steps // 2),
+            schedule_steps=0,
         ),
         data=DataConfig(path="moving_digits", context=9),
-        vision=VisionConfig(size=16, channels=1, crop="squash"),
+        vision=VisionConfig(size=16, channels=1, crop="squash", frame_seconds=0.1),
         train=TrainConfig(steps=steps, batch_size=32),
-        eval=EvalConfig(every=200, sequences=128, batch_size=32, curve_steps=4),
-        checkpoint=CheckpointConfig(every=200),
+        eval=EvalConfig(every=500, sequences=128, batch_size=32, curve_steps=4),
+        checkpoint=CheckpointConfig(every=500),
     )
     if setting == "tiny":
         return dataclasses.replace(
