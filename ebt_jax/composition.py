@@ -1,4 +1,4 @@
-"""Models together: sums of their energies, or one that starts where another ends.
+"""Models together: sums of energies, means of predictions, one after the other.
 
 The energy of a sum is low where all its terms are: a product of experts. A negative
 weight takes away what a model wants. All have to predict in the same space, for text
@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ebt_jax.errors import UserError
-from ebt_jax.interfaces import Batch, Caching, EnergyModel
+from ebt_jax.interfaces import Batch, Caching, EnergyModel, Metrics, Objective
 from ebt_jax.refine import EnergyFn, Perturbing, PyTree
+from ebt_jax.thinking import Thinking
 
 
 def compose(energy_fns: Sequence[EnergyFn], weights: Sequence[float]) -> EnergyFn:
@@ -103,6 +105,70 @@ def hybrid(model: EnergyModel, start: Callable[[Batch], PyTree]) -> EnergyModel:
     return model._replace(
         initial_candidate=lambda key, batch: start(batch), caching=None
     )
+
+
+def ensemble(objectives: Sequence[Objective], weights: Sequence[float]) -> Objective:
+    """Predicts the weighted mean of what several text models predict.
+
+    Of energy models, feed-forward ones, or both. Its parameters are
+    `{"members": [those of each]}`; a candidate is the logarithm of the mean of their
+    probabilities `[batch, seq, vocab]`. To evaluate, not to train.
+
+    Args:
+      objectives: of the models, of one vocabulary.
+      weights: one for each, positive; they are divided by their sum.
+
+    Raises:
+      UserError: for no model, or weights that are not one for each, or not positive.
+    """
+    if not objectives or len(objectives) != len(weights) or min(weights) <= 0:
+        raise UserError(
+            f"there are {len(objectives)} models and weights {list(weights)}, but "
+            "there has to be one positive weight for each, and at least one"
+        )
+
+    def init(key: jax.Array) -> PyTree:
+        keys = jax.random.split(key, len(objectives))
+        pairs = zip(objectives, keys, strict=True)
+        return {"members": [objective.init(key) for objective, key in pairs]}
+
+    def predict(
+        params: PyTree, batch: Batch, key: jax.Array, thinking: Thinking
+    ) -> PyTree:
+        logs = []
+        for objective, own, weight in zip(
+            objectives, params["members"], weights, strict=True
+        ):
+            logits = objective.predict(own, batch, key, thinking)
+            share = jnp.log(weight / sum(weights))
+            logs.append(jax.nn.log_softmax(logits) + share)
+        shapes = [log.shape for log in logs]
+        if len(set(shapes)) > 1:
+            raise UserError(
+                f"the models predict {', '.join(map(str, shapes))}; an ensemble needs "
+                "models of one vocabulary"
+            )
+        return jax.nn.logsumexp(jnp.stack(logs), axis=0)
+
+    def assess(
+        params: PyTree, batch: Batch, key: jax.Array, thinking: Thinking
+    ) -> dict[str, jax.Array]:
+        log_prob = predict(params, batch, key, thinking)
+        index = batch["targets"][..., None]
+        return {"nll": -jnp.take_along_axis(log_prob, index, axis=-1)[None, ..., 0]}
+
+    def evaluate(
+        params: PyTree, batch: Batch, key: jax.Array, num_steps: int
+    ) -> dict[str, jax.Array]:
+        return assess(params, batch, key, Thinking(num_steps))
+
+    def loss(params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        weighted = assess(params, batch, key, Thinking())["nll"][0] * batch["weights"]
+        tokens = batch["weights"].sum()
+        mean = weighted.sum() / jnp.maximum(tokens, 1.0)
+        return mean, {"loss": mean, "nll": mean, "tokens": tokens}
+
+    return Objective(init, loss, evaluate, predict, assess=assess)
 
 
 def check_same_space(models: Sequence[EnergyModel], batch: Batch) -> None:

@@ -8,13 +8,13 @@ from energies import mixed, problem
 from tiny import QUICK, VOCAB, tiny
 
 from ebt_jax import models
-from ebt_jax.composition import compose, compose_models, hybrid
+from ebt_jax.composition import compose, compose_models, ensemble, hybrid
 from ebt_jax.errors import UserError
 from ebt_jax.evaluation.generation import generate_ids
 from ebt_jax.evaluation.sampling import Sampling
 from ebt_jax.interfaces import EnergyModel
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
-from ebt_jax.objectives import refined
+from ebt_jax.objectives import feed_forward, refined
 from ebt_jax.refine import RefineConfig, refine
 from ebt_jax.thinking import AS_TRAINED, Thinking
 
@@ -163,3 +163,47 @@ def test_mistakes():
     )
     with pytest.raises(UserError, match=r"\(2, 5, 11\), but model 2 \(2, 5, 13\)"):
         jax.eval_shape(apart.initial_candidate, KEY, batch())
+
+
+def test_an_ensemble_predicts_the_mean_of_its_members_probabilities():
+    energy = refined(models.build(tiny()), SETUP, ObjectiveConfig())
+    baseline = feed_forward(
+        models.build(tiny(kind="transformer_pp")), ObjectiveConfig()
+    )
+    both = ensemble([energy, baseline], [3.0, 1.0])
+    params = both.init(KEY)
+    batch = {
+        "tokens": jnp.arange(8).reshape(2, 4) % VOCAB,
+        "targets": jnp.arange(1, 9).reshape(2, 4) % VOCAB,
+        "weights": jnp.ones((2, 4)),
+        "index": jnp.arange(2),
+    }
+    parts = [
+        jax.nn.softmax(objective.predict(own, batch, KEY, Thinking(3)))
+        for objective, own in zip((energy, baseline), params["members"], strict=True)
+    ]
+    expected = 0.75 * parts[0] + 0.25 * parts[1]
+    predicted = jnp.exp(both.predict(params, batch, KEY, Thinking(3)))
+    np.testing.assert_allclose(predicted, expected, rtol=1e-5)
+    right = jnp.take_along_axis(expected, batch["targets"][..., None], -1)[..., 0]
+    nll = both.evaluate(params, batch, KEY, 3)["nll"]
+    np.testing.assert_allclose(nll[0], -jnp.log(right), rtol=1e-5)
+    loss, metrics = both.loss(params, batch, KEY)
+    assert jnp.isfinite(loss) and metrics["tokens"] == 8
+
+
+def test_an_ensemble_of_one_vocabulary_with_a_weight_for_each():
+    one, other = (
+        feed_forward(
+            models.build(tiny(kind="transformer_pp", vocab_size=size)),
+            ObjectiveConfig(),
+        )
+        for size in (VOCAB, VOCAB + 1)
+    )
+    for weights in ([1.0], [1.0, 0.0]):
+        with pytest.raises(UserError, match="one positive weight for each"):
+            ensemble([one, other], weights)
+    both = ensemble([one, other], [1.0, 1.0])
+    batch = {"tokens": jnp.zeros((1, 2), jnp.int32), "weights": jnp.ones((1, 2))}
+    with pytest.raises(UserError, match="an ensemble needs models of one vocabulary"):
+        both.predict(both.init(KEY), batch, KEY, AS_TRAINED)

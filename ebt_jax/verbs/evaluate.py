@@ -19,7 +19,7 @@ from ebt_jax.verbs.common import (
     required,
     results_table,
 )
-from ebt_jax.verbs.model import MESH, Spread, open_trained
+from ebt_jax.verbs.model import MESH, Spread, Trained, open_trained
 from ebt_jax.verbs.thinking import (
     DETAILS,
     THINK,
@@ -50,6 +50,8 @@ def run(values: flags.FlagValues) -> None:
     evaluate_vision.check_space(values, "text")
     check_thinks(values.think, thinking, config)
     trained = open_trained(path, config, values.mesh, values.checkpoint)
+    if values.ensemble is not None:
+        trained = _ensemble(values, trained)
     config, objective, params = trained.config, trained.objective, trained.params
     data = changed(
         config.data,
@@ -72,12 +74,15 @@ def run(values: flags.FlagValues) -> None:
         thinking=thinking,
         progress=sys.stderr.isatty(),
     )
-    results["flops_per_token"] = flops_per_token(config, params, results)
+    if values.ensemble is None:
+        results["flops_per_token"] = flops_per_token(config, params, results)
     about = {
         "workdir": str(path),
         "checkpoint": trained.step,
         "data": values.data or f"held-out part of {data.held_out_path or data.path}",
     }
+    if values.ensemble is not None:
+        about["ensemble"] = ", ".join(values.ensemble)
     judged, tables = evaluate_judgement.run(values, trained, batches, about, thinking)
     if values.json:
         print(json.dumps(about | finite(results | judged), allow_nan=False))
@@ -85,6 +90,35 @@ def run(values: flags.FlagValues) -> None:
         print(results_table(about, results))
         for table in tables:
             print(f"\n{table}")
+
+
+def _ensemble(values: flags.FlagValues, trained: Trained) -> Trained:
+    """The run's model and those of --ensemble, as one that predicts their mean."""
+    from ebt_jax.composition import ensemble
+    from ebt_jax.training.workdir import open_workdir
+
+    for name in ("uncertainty", "verification"):
+        if values[name].value:
+            raise UserError(
+                f"--{name} is of one model's energies, which --ensemble has not; leave "
+                "one out"
+            )
+    members = [trained]
+    for folder in values.ensemble:
+        path, config = open_workdir(folder)
+        if config.model.space != "text":
+            raise UserError(f"--ensemble names {folder}, which is no run of text")
+        member = open_trained(path, config, values.mesh, None)
+        if member.tokenizer.digest != trained.tokenizer.digest:
+            raise UserError(
+                f"--ensemble names {folder}, whose tokenizer is "
+                f"{member.tokenizer.name!r}, but that of the run is "
+                f"{trained.tokenizer.name!r}; average models of one tokenizer"
+            )
+        members.append(member)
+    together = ensemble([member.objective for member in members], [1.0] * len(members))
+    params = {"members": [member.params for member in members]}
+    return trained._replace(objective=together, params=params)
 
 
 VERB = Verb(
@@ -109,6 +143,12 @@ VERB = Verb(
         MESH,
         Flag("batch_size", "sequences at once; 0 for the config's", 0, COUNT),
         Flag("sequences", "how many to score; 0 for all", 0, COUNT),
+        Flag(
+            "ensemble",
+            "folders of other runs of text: their mean with this is scored",
+            None,
+            flags.DEFINE_list,
+        ),
         *evaluate_judgement.FLAGS,
         *evaluate_tasks.FLAGS,
         *evaluate_vision.FLAGS,

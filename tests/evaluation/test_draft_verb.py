@@ -1,4 +1,4 @@
-"""`ebt generate --draft`: the same text, from another model's proposals."""
+"""Two runs together: `ebt generate --draft`, and `ebt evaluate --ensemble`."""
 
 import json
 
@@ -92,3 +92,44 @@ def test_a_draft_needs_the_same_tokenizer(capsys, runs, monkeypatch):
     flags = [f"--draft={runs / 'transformer_pp'}", "--temperature=0"]
     seen = run(capsys, runs, *flags, code=2)
     assert "tokenizer 'other.json' with 256 tokens, but the run 'bytes'" in seen.err
+
+
+def evaluate(capsys, runs, *flags, code=0):
+    argv = ["evaluate", f"--workdir={runs / 'ebt'}", *flags]
+    assert cli.run(argv) == code
+    return capsys.readouterr()
+
+
+def test_an_ensemble_is_scored(capsys, runs):
+    members = [f"--ensemble={runs / 'transformer_pp'}", "--json"]
+    alone = json.loads(evaluate(capsys, runs, "--json").out)
+    both = json.loads(evaluate(capsys, runs, *members).out)
+    same = json.loads(
+        evaluate(capsys, runs, f"--ensemble={runs / 'ebt'}", "--json").out
+    )
+    assert both["ensemble"] == str(runs / "transformer_pp")
+    assert both["nll"] != alone["nll"] and both["tokens"] == alone["tokens"]
+    assert same["nll"] == pytest.approx(alone["nll"], rel=1e-5)
+
+
+def test_mistakes_about_ensembles(capsys, runs, monkeypatch):
+    from ebt_jax.data.tokenizers import ByteTokenizer
+    from ebt_jax.verbs import evaluate as verb
+
+    member = f"--ensemble={runs / 'transformer_pp'}"
+    seen = evaluate(capsys, runs, member, "--uncertainty", code=2)
+    assert "--uncertainty is of one model's energies" in seen.err
+    seen = evaluate(capsys, runs, "--ensemble=nowhere", code=2)
+    assert "nowhere holds no run" in seen.err
+    other, load = ByteTokenizer(name="other.json", digest="another"), verb.open_trained
+    monkeypatch.setattr(
+        verb,
+        "open_trained",
+        lambda path, *rest: (
+            load(path, *rest)._replace(tokenizer=other)
+            if path.name == "transformer_pp"
+            else load(path, *rest)
+        ),
+    )
+    seen = evaluate(capsys, runs, member, code=2)
+    assert "whose tokenizer is 'other.json', but that of the run is 'bytes'" in seen.err
