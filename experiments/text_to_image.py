@@ -22,7 +22,8 @@ Words, joined by commas after the colon:
 The published runs draw COCO at 256 x 256 pixels in the latents of Stable Diffusion's
 VAE, captions encoded by CLIP: give `--config.vision.encoder_path` and
 `--config.vision.caption_path`, the weights, with `--config.vision.encoder=vae` and
-`--config.vision.caption_encoder=clip`. The paper says that they failed: samples are
+`--config.vision.caption_encoder=clip`. Latents are not clipped while DiT draws; pixels
+should be (`--config.diffusion.clip=True`), and are in quickstart and tiny. The paper says that they failed: samples are
 blurred averages.
 
     ebt evaluate --workdir=runs/emoji --retrieval=10
@@ -95,7 +96,7 @@ def _method(method: str, size: str) -> Config:
             ffn_multiplier=1.0,
         ),
         refine=RefineSetup(num_steps=2, num_landscapes=1, backprop="per_step"),
-        diffusion=DiffusionConfig(noise_level=1.0, sampling_steps=250),
+        diffusion=DiffusionConfig(noise_level=1.0, sampling_steps=250, clip=False),
         optim=OptimConfig(peak_lr=1e-4, warmup_steps=10_000, schedule_steps=1_000_000),
         data=DataConfig(path="digits", held_out=0.02),
         vision=VisionConfig(size=256),
@@ -121,7 +122,7 @@ def _setting(setting: str, config: Config) -> Config:
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, ffn_multiplier=4.0),
-        diffusion=dataclasses.replace(config.diffusion, sampling_steps=50),
+        diffusion=dataclasses.replace(config.diffusion, sampling_steps=50, clip=True),
         optim=dataclasses.replace(
             config.optim,
             peak_lr=1e-3,
