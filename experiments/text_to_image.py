@@ -23,8 +23,8 @@ The published runs draw COCO at 256 x 256 pixels in the latents of Stable Diffus
 VAE, captions encoded by CLIP: give `--config.vision.encoder_path` and
 `--config.vision.caption_path`, the weights, with `--config.vision.encoder=vae` and
 `--config.vision.caption_encoder=clip`. Latents are not clipped while DiT draws; pixels
-should be (`--config.diffusion.clip=True`), and are in quickstart and tiny. The paper says that they failed: samples are
-blurred averages.
+should be (`--config.diffusion.clip=True`), and are in quickstart and tiny. The paper
+says that its runs failed: samples are blurred averages.
 
     ebt evaluate --workdir=runs/emoji --retrieval=10
 
