@@ -152,7 +152,8 @@ class ClipExamples:
         room = int(self.stops[index] - self.firsts[index] - steps[-1])
         start = room // 2 if rng is None else int(rng.integers(room))
         chosen = self.clips[index].frames[self.firsts[index] + start + steps]
-        frames = _floats(chosen).reshape(self.context + 1, -1)
+        # Channel after channel, as published models of VAE latents were trained.
+        frames = np.moveaxis(_floats(chosen), -1, 1).reshape(self.context + 1, -1)
         return {
             "frames": frames[:-1],
             "targets": frames[1:],

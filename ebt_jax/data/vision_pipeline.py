@@ -281,5 +281,7 @@ def _decode_frames(
     shape: tuple[int, ...],
     frames: np.ndarray,
 ) -> np.ndarray:
-    """uint8 `[..., height, width, 3]` of `[..., frame_size]`."""
-    return decode(np.reshape(frames, (*np.shape(frames)[:-1], *shape)))
+    """uint8 `[..., height, width, 3]` of `[..., frame_size]`, channel after channel."""
+    height, width, channels = shape
+    apart = np.reshape(frames, (*np.shape(frames)[:-1], channels, height, width))
+    return decode(np.moveaxis(apart, -3, -1))

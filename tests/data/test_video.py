@@ -92,6 +92,18 @@ def test_an_example_is_frames_and_the_frame_after_each(tmp_path):
     assert data.decode(example["frames"])[0, 0, 0, 0] == 20 + 6 * numbers(example)[0]
 
 
+def test_a_frame_lies_channel_after_channel(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(colours).save(file, "PNG")
+    files = {f"clip/{number:03}.png": file.getvalue() for number in range(20)}
+    data = opened(write(tmp_path, files))
+    frame = data.examples[0]["frames"][0]
+    red = colours[..., 0].reshape(-1) / 127.5 - 1
+    np.testing.assert_allclose(frame[:64], red, atol=1e-6)
+    assert np.array_equal(data.decode(frame), colours)
+
+
 def test_the_middle_in_evaluation_and_anywhere_in_training(tmp_path):
     data = opened(write(tmp_path, frames(20)), frame_seconds=3 / RATE)
     assert numbers(data.examples[0]).tolist() == [5, 8, 11, 14]
