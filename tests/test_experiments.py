@@ -224,3 +224,20 @@ def test_tiny_runs_train_evaluate_and_write(method, tmp_path, capsys):
     assert "perplexity" in capsys.readouterr().out
     assert cli.run(["generate", workdir, "--prompt=The", "--new=3"]) == 0
     assert capsys.readouterr().out.startswith("The")
+
+
+@pytest.mark.parametrize("preset", ["image_denoise.py:tiny,dit", "video.py:tiny,s2"])
+def test_runs_of_pictures_continue_as_if_never_stopped(preset, tmp_path):
+    path = tmp_path / "run"
+    flags = (f"--config={TEXT.parent / preset}", f"--workdir={path}")
+    argv = ["train", *flags, "--config.eval.sample_tokens=0", "--config.mesh.data=4"]
+    argv += ["--config.eval.curve_steps=0", *QUICKER]
+    assert cli.run(argv) == 0
+    straight = checkpoint.restore_params(path)
+    for file in ("summary.json", "checkpoints/4/_CHECKPOINT_METADATA"):
+        (path / file).unlink()  # as if killed before the last save was over
+    assert cli.run(argv) == 0
+    assert (path / "damaged").is_dir()
+    again = checkpoint.restore_params(path)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), straight, again)
+    assert all(jax.tree.leaves(same))
