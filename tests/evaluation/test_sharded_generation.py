@@ -10,6 +10,7 @@ from tiny import tiny
 from ebt_jax.evaluation.decoding import encode
 from ebt_jax.evaluation.generation import generate_ids
 from ebt_jax.evaluation.sampling import Sampling
+from ebt_jax.evaluation.speculation import Draft, speculate_ids
 from ebt_jax.objective_config import RefineSetup
 from ebt_jax.training.config import Config, MeshConfig
 from ebt_jax.training.objective import build_objective
@@ -47,6 +48,22 @@ def on_one_device():
 )
 def test_tokens_are_those_of_one_device(on_one_device, mesh):
     assert continuations(mesh) == on_one_device
+
+
+def test_a_draft_changes_no_token_on_a_mesh(on_one_device):
+    mesh = MeshConfig(data=2, fsdp=2, model=2)
+    objective, params = setup(mesh)
+    made = speculate_ids(
+        objective,
+        params,
+        Draft(objective, params, tokens=2),
+        PROMPTS,
+        context=16,
+        new_tokens=6,
+        seed=0,
+    )
+    tokens = [list(map(int, continued.tokens)) for continued in made.continued]
+    assert tokens == on_one_device and made.accepted.sum() > 0
 
 
 def test_keys_and_values_are_split_over_heads():
