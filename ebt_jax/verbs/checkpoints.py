@@ -47,7 +47,7 @@ def _list(path: Path, steps: list[int]) -> int:
     from ebt_jax.training.checkpoint import directory_of
     from ebt_jax.training.saving import score_of
 
-    print(f"{'step':>10}  {'saved':<16}  {'MB':>9}  {'eval loss':>9}  files")
+    print(f"{'step':>10}  {'saved':<16}  {'MB':>9}  {'held-out':>9}  files")
     for step in steps:
         directory = directory_of(path, step)
         saved, size, score = "", "", ""

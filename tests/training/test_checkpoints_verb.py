@@ -44,7 +44,7 @@ def flip(file):
 def test_a_list_says_what_there_is(path, capsys):
     assert ebt(["checkpoints", "list", f"--workdir={path}"]) == 0
     head, first, second = capsys.readouterr().out.splitlines()
-    assert head.split() == ["step", "saved", "MB", "eval/nll", "files"]
+    assert head.split() == ["step", "saved", "MB", "held-out", "files"]
     assert re.fullmatch(
         r" +2  \d{4}-\d\d-\d\d \d\d:\d\d +\d\.\d +1.2500  verified", first
     )
