@@ -128,10 +128,11 @@ def render(result: dict[str, Any]) -> str:
 
 def _notes(result: dict[str, Any]) -> list[str]:
     lines = []
+    kinds = [row["model"] for row in result["rows"]] if "rows" in result else []
     for pair in result.get("comparisons", []):
         where = f"batch {pair['batch']}"
         where += f", prompt {pair['prompt']}" if "prompt" in pair else ""
-        line = f"ebt / transformer_pp, {where}: time {pair['time_ratio']:.2f}"
+        line = f"{kinds[0]} / {kinds[1]}, {where}: time {pair['time_ratio']:.2f}"
         if "flop_ratio" in pair:
             line += (
                 f", FLOPs {pair['flop_ratio']:.2f}, time / FLOPs "

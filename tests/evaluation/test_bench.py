@@ -404,3 +404,23 @@ def test_a_program_that_cannot_be_started_is_named(tmp_path):
         UserError, match="Permission denied; give the path of a program"
     ):
         bench_peer.run_json([str(path)], "the peer")
+
+
+@pytest.mark.parametrize(
+    ("space", "baseline", "tokens"),
+    [("image", "dit", 4), ("video", "transformer_pp", 3)],
+)
+def test_images_and_video_are_timed_beside_their_baselines(space, baseline, tokens):
+    sizes = {"image": 4, "channels": 1, "patch": 2, "frame": 6, "seq": 3}
+    result = run("train", model="both", space=space, layers=1, steps=1, **sizes)
+    ours, other = result["rows"]
+    assert (ours["model"], other["model"]) == ("ebt", baseline)
+    assert ours["seq"] == tokens and ours["flops_per_token"] > 0
+    assert result["comparisons"][0]["flop_ratio"] > 1
+    assert f"ebt / {baseline}, batch" in render(result)
+    assert f"space={space}" in render(result)
+
+
+def test_images_and_video_are_not_generated():
+    with pytest.raises(UserError, match="bench decode is of text, but space"):
+        Settings(job="decode", space="video")
