@@ -51,7 +51,12 @@ from ebt_jax.training.config import (
     TrainConfig,
     to_config_dict,
 )
-from ebt_jax.training.presets import parse_words, with_step_size
+from ebt_jax.training.presets import (
+    for_minutes,
+    for_tests,
+    parse_words,
+    with_step_size,
+)
 
 METHODS = ("s1", "s2", "dit")
 SETTINGS = ("quickstart", "tiny")
@@ -118,34 +123,21 @@ def _setting(setting: str, config: Config) -> Config:
     """Data, length and evaluation of a setting."""
     if not setting:
         return config
-    steps = {"quickstart": 800, "tiny": 4}[setting]
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, ffn_multiplier=4.0),
         diffusion=dataclasses.replace(config.diffusion, sampling_steps=50, clip=True),
-        optim=dataclasses.replace(
-            config.optim,
-            peak_lr=1e-3,
-            warmup_steps=min(100, steps // 2),
-            schedule_steps=0,
-        ),
         data=DataConfig(path="digits"),
         vision=VisionConfig(size=16),
-        train=TrainConfig(steps=steps, batch_size=32),
-        eval=EvalConfig(every=200, sequences=128, batch_size=32, curve_steps=4),
-        checkpoint=CheckpointConfig(every=200),
     )
+    config = for_minutes(config, steps=800, peak_lr=1e-3)
     if setting == "tiny":
-        return dataclasses.replace(
+        config = dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, num_heads=2, dim=16),
             diffusion=dataclasses.replace(
                 config.diffusion, timesteps=20, sampling_steps=3
             ),
             vision=VisionConfig(size=8, caption_features=16),
-            train=TrainConfig(steps=steps, batch_size=8),
-            eval=EvalConfig(every=2, sequences=8, batch_size=8, curve_steps=2),
-            checkpoint=CheckpointConfig(every=2),
-            log=dataclasses.replace(config.log, every=1),
         )
+        return for_tests(config)
     return config

@@ -61,7 +61,13 @@ from ebt_jax.training.config import (
     TrainConfig,
     to_config_dict,
 )
-from ebt_jax.training.presets import PEAK_LR, parse_words, with_step_size
+from ebt_jax.training.presets import (
+    PEAK_LR,
+    for_minutes,
+    for_tests,
+    parse_words,
+    with_step_size,
+)
 
 METHODS = ("s1", "s2", "transformer_pp")
 SETTINGS = ("quickstart", "tiny")
@@ -156,30 +162,17 @@ def _setting(setting: str, config: Config) -> Config:
     """Data, length and evaluation of a setting."""
     if not setting:
         return config
-    steps = {"quickstart": 2000, "tiny": 4}[setting]
     config = dataclasses.replace(
         config,
-        optim=dataclasses.replace(
-            config.optim,
-            peak_lr=PEAK_LR[config.model.size],
-            warmup_steps=min(100, steps // 2),
-            schedule_steps=0,
-        ),
         data=DataConfig(path="moving_digits", context=9),
         vision=VisionConfig(size=16, channels=1, crop="squash", frame_seconds=0.1),
-        train=TrainConfig(steps=steps, batch_size=32),
-        eval=EvalConfig(every=500, sequences=128, batch_size=32, curve_steps=4),
-        checkpoint=CheckpointConfig(every=500),
     )
+    config = for_minutes(config, steps=2000, peak_lr=PEAK_LR[config.model.size])
     if setting == "tiny":
-        return dataclasses.replace(
+        config = dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, num_heads=2, dim=16),
             data=DataConfig(path="moving_digits", context=4),
             vision=VisionConfig(size=8, channels=1, crop="squash"),
-            train=TrainConfig(steps=steps, batch_size=8),
-            eval=EvalConfig(every=2, sequences=8, batch_size=8, curve_steps=2),
-            checkpoint=CheckpointConfig(every=2),
-            log=dataclasses.replace(config.log, every=1),
         )
+        return for_tests(config)
     return config

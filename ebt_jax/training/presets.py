@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES
 from ebt_jax.objective_config import RefineSetup
-from ebt_jax.training.config import Config
+from ebt_jax.training.config import (
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    TrainConfig,
+)
 
 # Peak learning rates of the paper, table D.1; 4xs and 3xs from the published code.
 PEAK_LR = {
@@ -86,6 +91,36 @@ def with_step_size(config: Config, step_size: float) -> Config:
         config,
         refine=dataclasses.replace(config.refine, step_size=step_size),
         optim=dataclasses.replace(config.optim, step_size_lr_multiplier=3 * step_size),
+    )
+
+
+def for_minutes(config: Config, steps: int, peak_lr: float) -> Config:
+    """A run of pictures that a laptop makes in minutes, evaluated four times."""
+    every = steps // 4
+    return dataclasses.replace(
+        config,
+        optim=dataclasses.replace(
+            config.optim,
+            peak_lr=peak_lr,
+            warmup_steps=min(100, steps // 2),
+            schedule_steps=0,
+        ),
+        train=TrainConfig(steps=steps, batch_size=32),
+        eval=EvalConfig(every=every, sequences=128, batch_size=32, curve_steps=4),
+        checkpoint=CheckpointConfig(every=every),
+    )
+
+
+def for_tests(config: Config) -> Config:
+    """Four updates of a model of next to no size."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_heads=2, dim=16),
+        optim=dataclasses.replace(config.optim, warmup_steps=2),
+        train=TrainConfig(steps=4, batch_size=8),
+        eval=EvalConfig(every=2, sequences=8, batch_size=8, curve_steps=2),
+        checkpoint=CheckpointConfig(every=2),
+        log=dataclasses.replace(config.log, every=1),
     )
 
 
