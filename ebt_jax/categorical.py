@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from ebt_jax.categorical_block import Block, Plan, train_block
 from ebt_jax.interfaces import Batch, Categorical
-from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import ObjectiveConfig, RefineSetup, total_loss
 from ebt_jax.refine import PyTree
 
 CPU_BLOCK = 512  # predictions whose activations stay in the caches of a CPU
@@ -47,7 +47,7 @@ def covers(setup: RefineSetup, config: ObjectiveConfig) -> bool:
     plain &= setup.normalize_steps == "all" and not config.contrastive_weight
     if setup.meta_gradient != "rule" or not plain:
         return False
-    if config.loss_steps == "all":
+    if config.loss_steps != "last":
         return setup.backprop == "per_step" and not setup.noise_std
     if setup.backprop == "truncated":
         return not (setup.step_size_learnable or setup.noise_learnable)
@@ -175,9 +175,7 @@ def loss_and_gradient(
     if config.label_smoothing:
         table_bar = table_bar + sums["every_entry"][None]
     steps = sums["steps"]
-    loss = steps["loss"][plan.schedule.length - 1]
-    if config.loss_steps == "all":
-        loss = steps["loss"].sum() / plan.schedule.length
+    loss = total_loss(config, steps["loss"], plan.schedule.length)
     # Zeros that wait for the loss: others would be made first, and kept all the while.
     token_bar = jnp.broadcast_to(0 * loss, token_table.shape)
     token_bar = token_bar.at[batch["tokens"]].add(embedded_bar)

@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ebt_jax.objective_config import ObjectiveConfig, RefineSetup, falling
+from ebt_jax.objective_config import (
+    ObjectiveConfig,
+    RefineSetup,
+    falling,
+    step_weight,
+)
 from ebt_jax.randomness import fold_in, normal, normal_like, over_predictions
 from ebt_jax.refine import PyTree
 from ebt_jax.refine_config import Schedule
@@ -183,8 +188,7 @@ def train_block(
 
         # The cotangent of z' is `share` (softmax(z') - q), and of its x this times W.
         share = config.reconstruction_weight * each["weight"]
-        if config.loss_steps == "all":
-            share = share / count
+        share = share * step_weight(config, i, count)
         wanted = (1 - smoothing) * target_rows
         if config.label_smoothing:
             wanted = wanted + smoothing * table.mean(axis=0, keepdims=True)

@@ -164,8 +164,9 @@ def _entries(config: Config) -> Iterator[Entry]:
 def _causal_entries(config: ModelConfig) -> Iterator[Entry]:
     if config.candidate_input != "embedding":
         raise UserError(
-            "model.candidate_input='anchored' has no published counterpart, so its "
-            "parameters cannot be exchanged with published checkpoints"
+            f"model.candidate_input={config.candidate_input!r} has no published "
+            "counterpart, so its parameters cannot be exchanged with published "
+            "checkpoints"
         )
     video = config.space == "video"
     if video:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -54,15 +55,16 @@ class RefineSetup(RefineConfig):
 class ObjectiveConfig:
     """What of a refinement is scored, and how."""
 
-    loss_steps: str = "all"  # all: mean over steps | last
+    loss_steps: str = "all"  # all: mean over steps | last | rising: weights 1, 2, 3 ...
     reconstruction_weight: float = 1.0  # weight of the refined candidate's loss
     label_smoothing: float = 0.0  # at the first step; falls to 0 at the last
     contrastive_weight: float = 0.0  # weight of E(target) against E(candidate)
 
     def __post_init__(self) -> None:
-        if self.loss_steps not in ("all", "last"):
+        if self.loss_steps not in ("all", "last", "rising"):
             raise ValueError(
-                f"loss_steps is {self.loss_steps!r}, but has to be one of all, last"
+                f"loss_steps is {self.loss_steps!r}, but has to be one of all, last, "
+                "rising"
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
@@ -94,6 +96,31 @@ def system_2(
         step_size_learnable=False,
     )
     return refine, ObjectiveConfig(loss_steps="last")
+
+
+def step_weight(
+    config: ObjectiveConfig, index: ArrayLike, length: ArrayLike
+) -> jax.Array:
+    """What the loss after step i of N weighs; the weights of all steps sum to 1.
+
+    Args:
+      config: `loss_steps`.
+      index: i, counted from 0; an array of them gives an array.
+      length: N.
+    """
+    i, n = jnp.asarray(index), jnp.asarray(length)
+    if config.loss_steps == "last":
+        return jnp.where(i == n - 1, 1.0, 0.0)
+    if config.loss_steps == "all":
+        return jnp.where(i < n, 1.0 / n, 0.0)
+    return jnp.where(i < n, 2 * (i + 1) / (n * (n + 1)), 0.0)
+
+
+def total_loss(
+    config: ObjectiveConfig, losses: jax.Array, length: ArrayLike
+) -> jax.Array:
+    """What the losses `[num_steps]` after each step, of which N count, come to."""
+    return jnp.vdot(losses, step_weight(config, jnp.arange(len(losses)), length))
 
 
 def falling(start: float, index: ArrayLike, length: ArrayLike) -> ArrayLike:

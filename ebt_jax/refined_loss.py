@@ -19,7 +19,12 @@ from ebt_jax.categorical import covers, loss_and_gradient
 from ebt_jax.categorical_block import Plan
 from ebt_jax.interfaces import Batch, Draws, EnergyModel, Metrics, Replaying
 from ebt_jax.meta_gradient import with_gradient
-from ebt_jax.objective_config import ObjectiveConfig, RefineSetup, falling
+from ebt_jax.objective_config import (
+    ObjectiveConfig,
+    RefineSetup,
+    falling,
+    total_loss,
+)
 from ebt_jax.randomness import fold_in, typed, uniform
 from ebt_jax.refine import (
     PyTree,
@@ -138,9 +143,7 @@ def make_score(
             **sizes(params),
         )
         last = schedule.length - 1
-        total = steps["loss"][last]
-        if config.loss_steps == "all":
-            total = steps["loss"].sum() / schedule.length
+        total = total_loss(config, steps["loss"], schedule.length)
         total = config.reconstruction_weight * total
         if config.contrastive_weight:
             target = model.energy(

@@ -41,6 +41,12 @@ MODELS = {
     "tied": {"tied_embedding": True},
     "anchored": {"conditioning": "default", "candidate_input": "anchored"},
     "anchored adaln": {"conditioning": "adaln", "candidate_input": "anchored"},
+    "trunk": {
+        "conditioning": "default",
+        "candidate_input": "anchored",
+        "candidate_layers": 1,
+    },
+    "final": {"conditioning": "default", "candidate_input": "final"},
 }
 SETUPS = {
     "one step": (
@@ -55,6 +61,10 @@ SETUPS = {
     "smoothed": (
         change(SYSTEM_1, initial_candidate="zeros"),
         ObjectiveConfig(label_smoothing=0.3, reconstruction_weight=0.3),
+    ),
+    "rising, steps drawn": (
+        change(SYSTEM_1, num_steps=3, min_steps=1),
+        ObjectiveConfig(loss_steps="rising"),
     ),
     "step size at its bound": (change(SYSTEM_1, step_size=1e-4), None),
     "last, smoothed": (

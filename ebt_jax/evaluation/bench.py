@@ -106,7 +106,7 @@ def bench_config(settings: Settings, kind: str, batch: int) -> Config:
     Raises:
       UserError: for settings that no model can have.
     """
-    anchored = settings.candidate_input == "anchored"
+    anchored = settings.candidate_input != "embedding"
     given = {
         "conditioning": settings.conditioning or ("default" if anchored else None),
         "remat": settings.remat,
@@ -120,6 +120,7 @@ def bench_config(settings: Settings, kind: str, batch: int) -> Config:
         vocab_size=settings.vocab,
         dtype=settings.dtype,
         candidate_input=settings.candidate_input,
+        candidate_layers=settings.candidate_layers if kind == "ebt" else 0,
         space=settings.space,
         patch=settings.patch,
         ffn_multiplier=4.0 if settings.space == "image" else 1.0,
@@ -157,6 +158,7 @@ def about(settings: Settings) -> dict[str, Any]:
     }
     if settings.space != "image":
         ebt["candidate_input"] = settings.candidate_input
+        ebt["candidate_layers"] = config.model.blocks_of_candidates
         ebt["conditioning"] = config.model.conditioning
     if settings.job == "decode":
         ebt |= {"num_steps": settings.num_steps, "best_of": settings.best_of}

@@ -28,8 +28,9 @@ class Settings:
     channels: int = 4  # image: numbers in a pixel
     patch: int = 2  # image: pixels of a patch's side
     dtype: str = "float32"  # of the computation: float32 | bfloat16
-    candidate_input: str = "embedding"  # embedding | anchored
-    conditioning: str | None = None  # None: time_embed, of anchored candidates default
+    candidate_input: str = "embedding"  # embedding | anchored | final
+    candidate_layers: int = 0  # last blocks that candidates pass through; 0: all
+    conditioning: str | None = None  # None: time_embed of embedding, else default
     block: int | None = None  # predictions trained on at a time, as in refine.block
     meta_gradient: str | None = None  # as in refine.meta_gradient
     remat: str | None = None  # as in model.remat

@@ -79,6 +79,7 @@ HEADING = (
     "num_steps",
     "best_of",
     "candidate_input",
+    "candidate_layers",
     "conditioning",
     "size",
     "dtype",

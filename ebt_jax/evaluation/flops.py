@@ -21,8 +21,10 @@ forward pass and the gradient once more along a tangent, and the products with t
 weights. Where the softmax of one step's result is the next step's candidate and both
 are differentiated, one embedding and one product for the matrix's gradient serve both:
 T steps need (6 T + 4) V D, not 10 T V D. Of a context's last block only keys and values
-are needed, which come with the queries: M of its weights and its attention are not.
-(Where blocks are scanned it is computed whole.)
+are needed, which come with the queries: M of its weights and its attention are not,
+unless candidates start from the hidden state that it ends in. (Where blocks are scanned
+it is computed whole.) Where candidates pass through K of L blocks alone, a step's N and
+L are K / L of that.
 
 Of video a token is a frame, V its numbers; to embed the context takes 4 V D more. Of
 images a token is a patch, V its numbers, S their number; there is no context.
@@ -87,10 +89,11 @@ def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flop
     model = config.model
     contexts, candidates, vocabulary = multiples(config, num_steps)
     weights = count_token_weights(params)
-    spared = weights / model.layers - 3 * model.width**2
-    passes = 2 * (contexts * (model.layers - 1) + candidates * model.layers)
+    spared, layers = _spared(config, weights)
+    met = model.blocks_of_candidates / model.layers
+    passes = 2 * (contexts * layers + candidates * model.blocks_of_candidates)
     return Flops(
-        contexts * (weights - spared) + candidates * weights,
+        contexts * (weights - spared) + candidates * weights * met,
         passes * _keys(config) * model.width,
         vocabulary * entries(config) * model.width,
     )
@@ -141,10 +144,11 @@ def thinking_flops(
         contexts = 1
     else:
         contexts = config.refine.num_landscapes
-    spared = weights / model.layers - 3 * model.width**2
+    spared, layers = _spared(config, weights)
+    met = model.blocks_of_candidates
     return Flops(
-        2 * contexts * (weights - spared) + 2 * passes * weights,
-        4 * (contexts * (model.layers - 1) + passes * model.layers) * attention,
+        2 * contexts * (weights - spared) + 2 * passes * weights * met / model.layers,
+        4 * (contexts * layers + passes * met) * attention,
         2 * passes * entries(config) * model.width,
     )
 
@@ -156,10 +160,22 @@ def formula(config: Config) -> str:
     if config.model.kind != "ebt" or config.model.space == "image":
         return f"{candidates} N + {twice} L S D + {vocabulary} V D"
     shared = f"{2 * float(contexts):g}"
+    final = config.model.candidate_input == "final"
+    whole, blocks = ("N", "L") if final else ("(N - M)", "(L - 1)")
+    few = config.model.blocks_of_candidates < config.model.layers
+    part, met = (" K / L", "K") if few else ("", "L")
     return (
-        f"{contexts} (N - M) + {candidates} N + ({shared} (L - 1) + {twice} L) S D "
-        f"+ {vocabulary} V D"
+        f"{contexts} {whole} + {candidates} N{part} + ({shared} {blocks} + "
+        f"{twice} {met}) S D + {vocabulary} V D"
     )
+
+
+def _spared(config: Config, weights: int) -> tuple[float, int]:
+    """M: weights of a context's last block that are not needed; blocks that attend."""
+    model = config.model
+    if model.candidate_input == "final":
+        return 0.0, model.layers
+    return weights / model.layers - 3 * model.width**2, model.layers - 1
 
 
 def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float]:

@@ -26,13 +26,13 @@ class Cache(NamedTuple):
 
     Attributes:
       keys: a tuple for the landscapes, of length 1 where the context does not depend
-        on them; each as one landscape's in `causal.Context`. What lies behind the end
-        of a sequence is never seen.
+        on them; each of all blocks, as in `causal.Stream`. What lies behind the end of
+        a sequence is never seen.
       values: like keys.
       lengths: int32 `[batch]`, tokens of each sequence.
       newest: the last token `[batch, 1]`, or frame `[batch, 1, frame_size]`.
-      last: its embedding, or its final hidden state in Transformer++,
-        `[batch, 1, dim]`.
+      last: its hidden state that a candidate starts from, or the final one in
+        Transformer++, `[batch, 1, dim]`.
     """
 
     keys: tuple[PyTree, ...]
@@ -93,8 +93,8 @@ def prefill(
         causal.context_stream(config, params, x, positions, None, step, piece)
         for step in _steps(config, params)
     ]
-    last = streams[0][0] if config.kind == "transformer_pp" else x
-    keys, values = zip(*(past for _, past in streams), strict=True)
+    last = _last(config, streams[0])
+    keys, values = zip(*((s.keys, s.values) for s in streams), strict=True)
 
     def end(x: jax.Array) -> jax.Array:
         index = (lengths - 1).reshape(-1, *(1 for _ in x.shape[1:]))
@@ -128,10 +128,11 @@ def append(
     pasts = zip(cache.keys, cache.values, strict=True)
     for step, past in zip(_steps(config, params), pasts, strict=True):
         condition = None if config.conditioning == "time_embed" else step
-        hidden, own = causal.run_blocks(
-            config, params, x, place, visible, condition, past
+        blocks = params["blocks"]
+        stream = causal.context_blocks(
+            config, blocks, x, place, visible, condition, past
         )
-        last = hidden if config.kind == "transformer_pp" else x
+        own, last = (stream.keys, stream.values), _last(config, stream)
         grown.append(jax.tree.map(functools.partial(write, own[0][-1]), past, own))
     keys, values = zip(*grown, strict=True)
     return Cache(keys, values, cache.lengths + 1, tokens[:, None], last)
@@ -139,10 +140,8 @@ def append(
 
 def next_context(config: ModelConfig, cache: Cache) -> causal.Context:
     """The context of a candidate for what follows each sequence."""
-    rows = cache.lengths[:, None] - 1
-    anchor = cache.last if config.candidate_input == "anchored" else None
-    ahead = rows + causal.step_tokens(config) + 1
-    return causal.Context(cache.keys, cache.values, rows, ahead, None, anchor)
+    anchor = cache.last if config.anchored else None
+    return _context(config, cache, cache.lengths[:, None] - 1, anchor)
 
 
 class Mark(NamedTuple):
@@ -165,12 +164,25 @@ def restore(cache: Cache, mark: Mark) -> Cache:
 
 def context_at(config: ModelConfig, cache: Cache, marks: Mark) -> causal.Context:
     """The context of a candidate for what follows each of several marks."""
-    rows = marks.lengths.T - 1
-    anchor = None
-    if config.candidate_input == "anchored":
-        anchor = _by_sequence(marks.last)
+    anchor = _by_sequence(marks.last) if config.anchored else None
+    return _context(config, cache, marks.lengths.T - 1, anchor)
+
+
+def _context(
+    config: ModelConfig, cache: Cache, rows: jax.Array, anchor: jax.Array | None
+) -> causal.Context:
+    """What candidates see that continue the tokens at rows `[batch, seq]`."""
+    top = functools.partial(causal.candidate_blocks, config)
+    keys, values = tuple(map(top, cache.keys)), tuple(map(top, cache.values))
     ahead = rows + causal.step_tokens(config) + 1
-    return causal.Context(cache.keys, cache.values, rows, ahead, None, anchor)
+    return causal.Context(keys, values, rows, ahead, None, anchor)
+
+
+def _last(config: ModelConfig, stream: causal.Stream) -> jax.Array:
+    """What of a stream `Cache.last` is taken from, `[batch, seq, dim]`."""
+    if config.kind == "transformer_pp":
+        return stream.hidden
+    return stream.anchor
 
 
 def rows_of(context: causal.Context, index: jax.Array) -> causal.Context:

@@ -6,6 +6,10 @@ use. A step token takes position 0 and moves everything else up by one. No token
 sees a candidate, so the context is encoded once for each landscape and its keys and
 values serve every refinement step, and gradients with respect to a candidate run
 through the candidate stream alone.
+
+Not published: candidates may start from the context's hidden state at the token that
+they continue, and pass through the last blocks alone (`model.candidate_layers`). The
+blocks below those are a trunk, whose cost is that of a feed-forward model.
 """
 
 from __future__ import annotations
@@ -38,17 +42,17 @@ class Context(NamedTuple):
     """What candidates see of a sequence.
 
     Attributes:
-      keys: `[layers, batch, heads, keys, head_dim]`; where the context depends on the
-        landscape `[landscapes, layers, ...]`. With time_embed, keys counts the step
-        token. Of parameters `with_blocks_apart` a list for the layers. Of a cache a
-        tuple for the landscapes, see `cache.Cache`.
+      keys: `[blocks, batch, heads, keys, head_dim]` of the blocks that candidates pass
+        through; where the context depends on the landscape `[landscapes, blocks, ...]`.
+        With time_embed, keys counts the step token. Of parameters `with_blocks_apart` a
+        list for the blocks. Of a cache a tuple for the landscapes, see `cache.Cache`.
       values: like keys.
       rows: index of the token that each candidate continues, the last one it sees;
         `[seq]` or `[batch, seq]`.
       positions: rotary position of each candidate, `[seq]` or `[batch, seq]`.
       segments: int32 `[batch, seq]` of packed sequences, or None.
-      anchor: embeddings of the tokens that candidates continue, `[batch, seq, dim]`, or
-        None.
+      anchor: hidden states of the tokens that candidates continue, at the depth that
+        candidates start from, `[batch, seq, dim]`, or None.
       noise: what is added to embedded candidates besides, `[batch, seq, dim]`, or None.
     """
 
@@ -101,11 +105,11 @@ def encode_context(config: ModelConfig, params: PyTree, batch: Batch) -> Context
     x = ends.embed(config, params, ends.sequences(config, batch))
     encode = functools.partial(encode_embedded, config, params, x, batch)
     if depends_on_landscape(config):
-        keys, values = jax.vmap(encode)(jnp.arange(config.num_landscapes))
+        (keys, values), _ = jax.vmap(encode)(jnp.arange(config.num_landscapes))
+        anchor = x if config.anchored else None
     else:
-        keys, values = encode(None)
+        (keys, values), anchor = encode(None)
     rows, positions, segments = _layout(config, batch)
-    anchor = x if config.candidate_input == "anchored" else None
     ahead = positions + step_tokens(config) + 1
     return Context(keys, values, rows, ahead, segments, anchor)
 
@@ -116,8 +120,8 @@ def encode_embedded(
     x: jax.Array,
     batch: Batch,
     landscape: jax.Array | None,
-) -> tuple[PyTree, PyTree]:
-    """Keys and values of one landscape, see `Context`.
+) -> tuple[tuple[PyTree, PyTree], jax.Array | None]:
+    """Keys and values of one landscape, and the anchor, see `Context`.
 
     Args:
       config: the model's.
@@ -130,7 +134,12 @@ def encode_embedded(
     step = None
     if landscape is not None:
         step = params["step_embed"]["embedding"][landscape]
-    return context_stream(config, params, x, positions, segments, step)[1]
+    stream = context_stream(config, params, x, positions, segments, step)
+    seen = (
+        candidate_blocks(config, stream.keys),
+        candidate_blocks(config, stream.values),
+    )
+    return seen, stream.anchor if config.anchored else None
 
 
 def energy(
@@ -221,7 +230,8 @@ def energy_of_embedded(
     if config.conditioning in ("adaln", "adaln_zero"):
         condition = params["step_embed"]["embedding"][landscape]
     visible = visible_keys(config, rows, segments)
-    x, _ = run_blocks(config, params, x, positions, visible, condition, past)
+    blocks = candidate_blocks(config, params["blocks"])
+    x, _ = run_blocks(config, blocks, x, positions, visible, condition, past)
     x = apply(_final_norm(config), params, "final_norm", x)
     if condition is not None:
         parts = apply(
@@ -237,8 +247,8 @@ def predict(config: ModelConfig, params: PyTree, batch: Batch) -> jax.Array:
     """Transformer++: what follows each place, see `ends.output`."""
     x = ends.embed(config, params, ends.sequences(config, batch))
     _, positions, segments = _layout(config, batch)
-    x, _ = context_stream(config, params, x, positions, segments, None)
-    return predict_from_hidden(config, params, x)
+    stream = context_stream(config, params, x, positions, segments, None)
+    return predict_from_hidden(config, params, stream.hidden)
 
 
 def with_blocks_apart(config: ModelConfig, params: PyTree) -> PyTree:
@@ -257,6 +267,24 @@ def _apart(stacked: PyTree, parts: int) -> list[PyTree]:
     return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(parts)]
 
 
+class Stream(NamedTuple):
+    """What the context stream leaves behind.
+
+    Attributes:
+      hidden: final hidden states `[batch, seq, dim]`, with one before them of the step
+        token where there is one.
+      anchor: what candidates start from, `[batch, seq, dim]`: hidden states below the
+        blocks that they pass through, or the final ones.
+      keys: of all blocks, as in `run_blocks`.
+      values: like keys.
+    """
+
+    hidden: jax.Array
+    anchor: jax.Array
+    keys: PyTree
+    values: PyTree
+
+
 def context_stream(
     config: ModelConfig,
     params: PyTree,
@@ -265,7 +293,7 @@ def context_stream(
     segments: jax.Array | None,
     step: jax.Array | None,
     piece: int = 0,
-) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
+) -> Stream:
     """All blocks over a context.
 
     Args:
@@ -276,10 +304,6 @@ def context_stream(
       segments: as in `Context`.
       step: the landscape's embedding `[dim]`, or None.
       piece: as in `Block`.
-
-    Returns:
-      Hidden states `[batch, seq, dim]`, with one before them of the step token where
-      there is one, and keys and values as in `run_blocks`.
     """
     condition = step
     rows = jnp.arange(x.shape[1])
@@ -291,12 +315,69 @@ def context_stream(
         positions = jnp.concatenate([first, positions + 1], axis=-1)
         rows = jnp.concatenate([jnp.array([-1]), rows])  # sees itself, key 0
     visible = visible_keys(config, rows, segments)
-    return run_blocks(config, params, x, positions, visible, condition, piece=piece)
+    blocks = params["blocks"]
+    return context_blocks(config, blocks, x, positions, visible, condition, piece=piece)
+
+
+def context_blocks(
+    config: ModelConfig,
+    blocks: PyTree,
+    x: jax.Array,
+    positions: jax.Array,
+    visible: Visible,
+    condition: jax.Array | None,
+    past: tuple[PyTree, PyTree] | None = None,
+    piece: int = 0,
+) -> Stream:
+    """All blocks over tokens of a context. Arguments as of `run_blocks`."""
+    run = functools.partial(
+        run_blocks,
+        config,
+        positions=positions,
+        visible=visible,
+        condition=condition,
+        piece=piece,
+    )
+    if config.blocks_of_candidates == config.layers:
+        hidden, (keys, values) = run(blocks, x, past=past)
+    else:
+        split = functools.partial(_split, config)
+        (trunk, top), (below, above) = split(blocks), (None, None)
+        if past is not None:
+            below, above = zip(*map(split, past), strict=True)
+        x, trunk_past = run(trunk, x, past=below)
+        hidden, top_past = run(top, x, past=above)
+        keys, values = map(_join, trunk_past, top_past)
+    anchor = hidden if config.candidate_input == "final" else x
+    return Stream(hidden, anchor, keys, values)
+
+
+def candidate_blocks(config: ModelConfig, of_blocks: PyTree) -> PyTree:
+    """Of a tree `[layers, ...]`, or a list for the layers, what candidates meet."""
+    if config.blocks_of_candidates == config.layers:
+        return of_blocks
+    return _split(config, of_blocks)[1]
+
+
+def _split(config: ModelConfig, of_blocks: PyTree) -> tuple[PyTree, PyTree]:
+    """Parts of the trunk and of the blocks that candidates pass through."""
+    trunk = config.layers - config.blocks_of_candidates
+    if isinstance(of_blocks, list):
+        return of_blocks[:trunk], of_blocks[trunk:]
+    part = lambda index: jax.tree.map(lambda a: a[index], of_blocks)
+    return part(slice(trunk)), part(slice(trunk, None))
+
+
+def _join(trunk: PyTree, top: PyTree) -> PyTree:
+    """The inverse of `_split`."""
+    if isinstance(trunk, list):
+        return trunk + top
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), trunk, top)
 
 
 def run_blocks(
     config: ModelConfig,
-    params: PyTree,
+    blocks: PyTree,
     x: jax.Array,
     positions: jax.Array,
     visible: Visible,
@@ -304,14 +385,14 @@ def run_blocks(
     past: tuple[PyTree, PyTree] | None = None,
     piece: int = 0,
 ) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
-    """All blocks over `[batch, seq, dim]`.
+    """Blocks over `[batch, seq, dim]`, one after the other.
 
     They are scanned, so that compile time does not grow with their number; few are
     unrolled, which spares slicing weights and stacking residuals.
 
     Args:
       config: the model's.
-      params: its parameters.
+      blocks: parameters of some of its blocks, `[blocks, ...]` or a list.
       x: `[batch, seq, dim]`.
       positions: rotary ones, `[seq]` or `[batch, seq]`.
       visible: which keys each position of x sees.
@@ -331,15 +412,15 @@ def run_blocks(
 
     scanned = config.layers > config.unroll
     layer = rematerialized(config, layer, scanned)
-    if isinstance(params["blocks"], list):  # see `with_blocks_apart`
-        pasts = [None] * config.layers if past is None else zip(*past, strict=True)
+    if isinstance(blocks, list):  # see `with_blocks_apart`
+        pasts = [None] * len(blocks) if past is None else zip(*past, strict=True)
         keys, values = [], []
-        for weights, of_layer in zip(params["blocks"], pasts, strict=True):
+        for weights, of_layer in zip(blocks, pasts, strict=True):
             x, (key, value) = layer(x, (weights, of_layer))
             keys.append(key)
             values.append(value)
         return x, (keys, values)
-    return jax.lax.scan(layer, x, (params["blocks"], past), unroll=not scanned)
+    return jax.lax.scan(layer, x, (blocks, past), unroll=not scanned)
 
 
 def visible_keys(

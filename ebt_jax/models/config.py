@@ -44,7 +44,8 @@ class ModelConfig:
     condition_size: int = 0  # image: numbers in an encoded caption; 0: the data's
     num_landscapes: int = 0  # step embeddings; 0: refine.num_landscapes
     conditioning: str = "time_embed"  # default | time_embed | adaln | adaln_zero
-    candidate_input: str = "embedding"  # embedding (published) | anchored (+ its token)
+    candidate_input: str = "embedding"  # embedding (published) | anchored | final
+    candidate_layers: int = 0  # last blocks that candidates pass through; 0: all
     tied_embedding: bool = False  # True: candidates are embedded by the token table
     norm: str = "rms"  # rms | layer | dyt | none
     dyt_alpha: float = 0.5  # initial slope of the dyt norm
@@ -59,6 +60,20 @@ class ModelConfig:
     def layers(self) -> int:
         """Number of blocks."""
         return self.num_layers or SIZES[self.size][0]
+
+    @property
+    def blocks_of_candidates(self) -> int:
+        """Number of blocks that candidates pass through, the last ones."""
+        return self.candidate_layers or self.layers
+
+    @property
+    def anchored(self) -> bool:
+        """Whether candidates start from a hidden state of the token they continue.
+
+        Of `anchored` that below their blocks, with all blocks its embedding; of `final`
+        that above all blocks.
+        """
+        return self.candidate_input != "embedding"
 
     @property
     def heads(self) -> int:
@@ -92,7 +107,7 @@ class ModelConfig:
             ("condition", ("none", "caption")),
             ("size", tuple(SIZES)),
             ("conditioning", ("default", "time_embed", "adaln", "adaln_zero")),
-            ("candidate_input", ("embedding", "anchored")),
+            ("candidate_input", ("embedding", "anchored", "final")),
             ("norm", ("rms", "layer", "dyt", "none")),
             ("activation", ("silu", "relu", "gelu", "elu")),
             ("dtype", ("float32", "bfloat16")),
@@ -114,6 +129,7 @@ class ModelConfig:
             "channels",
             "condition_size",
             "num_landscapes",
+            "candidate_layers",
         ):
             if getattr(self, name) < 0:
                 raise UserError(
@@ -164,9 +180,35 @@ class ModelConfig:
                 f"{self.head_dim}, but rotary positions need an even one; change "
                 "model.num_heads or model.dim"
             )
-        if self.candidate_input == "anchored" and self.conditioning == "time_embed":
+        if self.candidate_layers > self.layers:
             raise UserError(
-                "model.candidate_input is 'anchored', which has no step token, but "
-                "model.conditioning is 'time_embed'; set it to 'default', 'adaln' or "
-                "'adaln_zero'"
+                f"model.candidate_layers is {self.candidate_layers}, but there are "
+                f"{self.layers} blocks; lower it, or 0 for all"
             )
+        if self.anchored and self.conditioning == "time_embed":
+            raise UserError(
+                f"model.candidate_input is {self.candidate_input!r}, which has no step "
+                "token, but model.conditioning is 'time_embed'; set it to 'default'"
+                + (", 'adaln' or 'adaln_zero'" if self._from_embedding else "")
+            )
+        trunk = self.blocks_of_candidates < self.layers
+        if trunk and not self.anchored:
+            raise UserError(
+                f"model.candidate_layers is {self.candidate_layers}, which leaves "
+                "blocks to the context alone, but model.candidate_input is "
+                "'embedding', which knows nothing of them; set it to 'anchored' or "
+                "'final'"
+            )
+        if self.anchored and not self._from_embedding:
+            if self.conditioning != "default":
+                raise UserError(
+                    "model: candidates start from a hidden state that all landscapes "
+                    f"share, but model.conditioning is {self.conditioning!r}; set it "
+                    "to 'default'"
+                )
+
+    @property
+    def _from_embedding(self) -> bool:
+        """Whether candidates are anchored to an embedding, which no block has met."""
+        all_blocks = self.blocks_of_candidates == self.layers
+        return self.candidate_input == "anchored" and all_blocks

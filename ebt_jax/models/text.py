@@ -43,15 +43,13 @@ def energy_model(config: ModelConfig) -> EnergyModel:
 
 
 def _categorical(config: ModelConfig) -> Categorical:
-    anchored = config.candidate_input == "anchored"
     depends = causal.depends_on_landscape(config)
 
     def encode(
         params: PyTree, embedded: jax.Array, batch: Batch, landscape: jax.Array
     ) -> PyTree:
         which = landscape if depends else None
-        past = causal.encode_embedded(config, params, embedded, batch, which)
-        return past, embedded if anchored else None
+        return causal.encode_embedded(config, params, embedded, batch, which)
 
     def energy(
         params: PyTree,

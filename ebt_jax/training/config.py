@@ -47,8 +47,9 @@ def _not_negative(section: Any, where: str, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW or Muon with linear warm-up and cosine decay."""
 
+    name: str = "adamw"  # adamw | muon (the blocks' matrices; adamw for all else)
     peak_lr: float = 2.4e-3  # learning rate after warm-up
     step_size_lr_multiplier: float = 15.0  # learning rate of the step size / peak_lr
     warmup_steps: int = 100  # steps from 0 to peak_lr
@@ -62,6 +63,10 @@ class OptimConfig:
     clip_norm: float = 1.0  # largest global gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise UserError(
+                f"optim.name is {self.name!r}, but has to be one of adamw, muon"
+            )
         for name in ("peak_lr", "eps"):
             _positive(self, "optim", name)
         for name in (
@@ -263,7 +268,9 @@ ADDED_KEYS = {
         "patch",
         "condition",
         "condition_size",
-    )
+        "candidate_layers",
+    ),
+    "optim": ("name",),
 }
 
 

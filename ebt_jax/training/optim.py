@@ -1,5 +1,9 @@
 """The optimiser: clipped AdamW in which the step size has a learning rate of its own.
 
+With `name="muon"` the matrices in the blocks move along their orthogonalised momentum
+instead (Jordan 2024), scaled to the length of Adam's steps (Liu et al. 2025, arXiv
+2502.16982), so that learning rates and weight decay keep their meaning.
+
 As in the published code: one global norm clips everything, the step size's gradient
 included; the step size is never decayed and learns at `peak_lr * multiplier`; the
 learning rates rise linearly for W updates and fall along a cosine until update T.
@@ -47,10 +51,42 @@ def make_optimizer(
     }
     return optax.chain(
         clip_by_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        _direction(config, params),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.partition({**rates, "fixed": optax.set_to_zero()}, groups),
     )
+
+
+def _direction(config: OptimConfig, params: PyTree) -> optax.GradientTransformation:
+    """What a gradient becomes before decay and learning rate."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    if config.name == "adamw":
+        return adam
+    axes = lambda tree: jax.tree.map(_matrix_axes, tree)
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=axes),
+        optax.stateless(lambda updates, _: jax.tree.map(_as_long_as_adams, updates)),
+    )
+    kinds = {
+        name: jax.tree.map(lambda x: "muon" if x.ndim >= 3 else "adam", tree)
+        if name == "blocks"
+        else _fill(tree, "adam")
+        for name, tree in params.items()
+    }
+    return optax.partition({"adam": adam, "muon": muon}, kinds)
+
+
+def _matrix_axes(kernel: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+    """Of `[layers, inputs, outputs]` or `[layers, inputs, parts, outputs]`.
+
+    Layers and parts are maps of their own.
+    """
+    return optax.contrib.MuonDimensionNumbers(1, kernel.ndim - 1)
+
+
+def _as_long_as_adams(update: jax.Array) -> jax.Array:
+    """An orthogonal matrix, whose entries then have a root mean square of 0.2."""
+    return update * 0.2 * max(update.shape[1], update.shape[-1]) ** 0.5
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformation:

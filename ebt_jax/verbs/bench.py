@@ -70,8 +70,14 @@ VERB = Verb(
         ),
         Flag(
             "candidate_input",
-            "embedding (published) or anchored",
+            "embedding (published), anchored or final",
             BENCH.candidate_input,
+        ),
+        Flag(
+            "candidate_layers",
+            "last blocks that candidates pass through; 0: all",
+            BENCH.candidate_layers,
+            COUNT,
         ),
         Flag("conditioning", "as model.conditioning; else what is published"),
         Flag("dtype", "of the computation: float32 or bfloat16", BENCH.dtype),

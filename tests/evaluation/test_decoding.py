@@ -26,6 +26,12 @@ MODELS = {
     "adaln": {"conditioning": "adaln"},
     "adaln_zero": {"conditioning": "adaln_zero"},
     "anchored": {"conditioning": "default", "candidate_input": "anchored"},
+    "trunk": {
+        "conditioning": "default",
+        "candidate_input": "anchored",
+        "candidate_layers": 1,
+    },
+    "final": {"conditioning": "default", "candidate_input": "final"},
     "transformer_pp": {"kind": "transformer_pp"},
 }
 

@@ -31,6 +31,17 @@ CASES = {
         "activation": "elu",
         "ffn_multiplier": 2.0,
     },
+    "trunk": {
+        "conditioning": "default",
+        "candidate_input": "anchored",
+        "candidate_layers": 1,
+    },
+    "final": {"conditioning": "default", "candidate_input": "final"},
+    "final, one block": {
+        "conditioning": "default",
+        "candidate_input": "final",
+        "candidate_layers": 1,
+    },
 }
 
 
@@ -84,13 +95,16 @@ def one_at_a_time(config, params, tokens, candidate):
 
     The sequence of candidate j is [step token], tokens 0..j, candidate j; its energy is
     read off the last position. Nothing is shared, nothing is masked but the future.
+    Where candidates start from a hidden state, their token's is added when the blocks
+    of the candidates begin; of `final`, the one that those of a first pass end in.
     """
     embedded = params["embed"]["embedding"][tokens]
     table = params["embed"]["embedding"]
     if not config.tied_embedding:
         table = params["candidate_embed"]["kernel"]
     ends = candidate @ table
-    if config.candidate_input == "anchored":
+    first = config.layers - config.blocks_of_candidates  # block of the candidates
+    if config.candidate_input == "anchored" and not first:
         ends = ends + embedded
     condition = None
     if "adaln" in config.conditioning:
@@ -107,9 +121,25 @@ def one_at_a_time(config, params, tokens, candidate):
             rotation(places, config.head_dim, x.dtype),
             Visible(places[None]),
         )
+        block = lambda i, x, turns=turns, visible=visible: Block(config).apply(
+            {"params": jax.tree.map(lambda w: w[i], params["blocks"])},
+            x,
+            turns,
+            visible,
+            condition,
+        )
+        hidden = x
         for i in range(config.layers):
-            layer = {"params": jax.tree.map(lambda w, i=i: w[i], params["blocks"])}
-            x, _ = Block(config).apply(layer, x, turns, visible, condition)
+            if i == first and config.candidate_input == "anchored" and first:
+                x = x.at[:, -1].set(ends[:, j] + x[:, -2])
+            if i < first:
+                x, _ = block(i, x)
+                continue
+            if i == first and config.candidate_input == "final":
+                for k in range(first, config.layers):
+                    hidden, _ = block(k, x if k == first else hidden)
+                x = x.at[:, -1].set(ends[:, j] + hidden[:, -2])
+            x, _ = block(i, x)
         norm = Norm(config.norm, config.dyt_alpha)
         x = jnp.asarray(norm.apply({"params": params["final_norm"]}, x))[:, -1]
         if condition is not None:
