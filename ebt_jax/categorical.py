@@ -45,6 +45,7 @@ def covers(setup: RefineSetup, config: ObjectiveConfig) -> bool:
     """Whether `loss_and_gradient` computes this loss. Everything else is `refine`'s."""
     plain = not (setup.gradient_clamp or setup.absolute_clamp or setup.sharpen)
     plain &= setup.normalize_steps == "all" and not config.contrastive_weight
+    plain &= not setup.unit_gradient and setup.initial_candidate != "amortised"
     if setup.meta_gradient != "rule" or not plain:
         return False
     if config.loss_steps != "last":

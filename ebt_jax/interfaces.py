@@ -129,6 +129,9 @@ class EnergyModel(NamedTuple):
         input, such as a noised image; keys `[*batch]`, training a bool. None where
         inputs are taken as they are.
       perturbing: how noise enters; None where it is added to candidates.
+      guess: `(params, context) -> candidate`, a stored one that the context alone
+        suggests: the amortised start, which is trained beside the refinement; None
+        where there is none.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -145,6 +148,7 @@ class EnergyModel(NamedTuple):
     starts: Mapping[str, Callable[[Batch], PyTree]] = MappingProxyType({})
     corrupt: Callable[[jax.Array, Batch, bool], Batch] | None = None
     perturbing: Perturbing | None = None
+    guess: Callable[[PyTree, PyTree], PyTree] | None = None
 
 
 class FeedForward(NamedTuple):

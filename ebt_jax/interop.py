@@ -162,6 +162,11 @@ def _entries(config: Config) -> Iterator[Entry]:
 
 
 def _causal_entries(config: ModelConfig) -> Iterator[Entry]:
+    if config.landscape_scales:
+        raise UserError(
+            "model.landscape_scales has no published counterpart, so its parameters "
+            "cannot be exchanged with published checkpoints"
+        )
     if config.candidate_input != "embedding":
         raise UserError(
             f"model.candidate_input={config.candidate_input!r} has no published "

@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 from ebt_jax.refine_config import RefineConfig
 
 MIN_STEP_SIZE = 1e-4  # learnt step sizes are kept at or above this (published code)
-# What refinement starts from: the last two are the frame before and the noised image.
-STARTS = ("noise", "zeros", "most_recent", "noised")
+# What refinement starts from: the frame before, the noised image, and what the context
+# alone suggests are the last three.
+STARTS = ("noise", "zeros", "most_recent", "noised", "amortised")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RefineSetup(RefineConfig):
     step_size: float = 5.0  # initial step size (alpha)
     step_size_learnable: bool = True  # False: stays as it is
     noise_learnable: bool = False  # True: noise_std is the initial value of a parameter
-    initial_candidate: str = "noise"  # noise | zeros | most_recent (video) | noised
+    initial_candidate: str = "noise"  # noise | zeros | most_recent | noised | amortised
     initial_scale: float = 1.0  # standard deviation of the initial noise
     block: int = 0  # predictions trained on at a time; 0: 512 on a CPU, else all
 

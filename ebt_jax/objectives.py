@@ -81,14 +81,19 @@ def refined(
             noise_std = jax.lax.stop_gradient(noise_std)
         return {"step_size": step_size, "noise_std": noise_std}
 
-    if setup.initial_candidate not in ("noise", "zeros", *model.starts):
-        starts = ", ".join(("noise", "zeros", *model.starts))
+    starts = ["noise", "zeros", *model.starts]
+    starts += ["amortised"] if model.guess is not None else []
+    if setup.initial_candidate not in starts:
         raise UserError(
             f"refine.initial_candidate is {setup.initial_candidate!r}, but of this "
-            f"model there are {starts}"
+            f"model there are {', '.join(starts)}"
         )
 
-    def initial(key: jax.Array, batch: Batch) -> PyTree:
+    def initial(
+        key: jax.Array, batch: Batch, params: PyTree, context: PyTree
+    ) -> PyTree:
+        if setup.initial_candidate == "amortised" and model.guess is not None:
+            return model.guess(params, context)
         if setup.initial_candidate in model.starts:
             return model.starts[setup.initial_candidate](batch)
         candidate = model.initial_candidate(key, batch)
@@ -134,7 +139,7 @@ def refined(
             model.energy,
             params,
             context,
-            initial(fold_in(keys, 0), batch),
+            initial(fold_in(keys, 0), batch, params, context),
             config=config,
             key=fold_in(keys, 1),
             normalize=model.normalize,
@@ -162,7 +167,7 @@ def refined(
             params,
             context,
             keys,
-            initial=lambda keys: initial(keys, batch),
+            initial=lambda keys: initial(keys, batch, params, context),
             thinking=how,
             config=evaluated(0),
             normalize=model.normalize,
@@ -185,7 +190,7 @@ def refined(
         context = model.encode_context(params, batch)
         made = thought(params, context, batch, keys, thinking)
         config = evaluated(0)
-        first = initial(fold_in(keys, 0), batch)
+        first = initial(fold_in(keys, 0), batch, params, context)
         if config.normalize_steps != "none":
             first = model.normalize(first)
         final = final_energy(

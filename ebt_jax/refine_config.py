@@ -22,6 +22,7 @@ class RefineConfig:
     normalize_steps: str = "all"  # all | first (landscape 0 only) | none
     noise_std: float = 0.0  # Langevin noise, std; of video added to embeddings
     step_size_jitter: float = 1.0  # s: step sizes drawn from U[a/s, a*s] per prediction
+    unit_gradient: bool = False  # True: inner gradients are divided by their norm
     gradient_clamp: float = 0.0  # largest |step_size * gradient entry|; 0: no clamp
     absolute_clamp: float = 0.0  # largest |candidate entry| after a step; 0: no clamp
     sharpen: float = 0.0  # divides the candidate by this after a step; 0: does not

@@ -13,6 +13,8 @@ from jax.typing import ArrayLike
 from ebt_jax.meta_gradient import EnergyFn, PyTree
 from ebt_jax.refine_config import RefineConfig
 
+UNIT_EPS = 1e-12  # added to the square of a norm that is divided by
+
 
 class Perturbing(NamedTuple):
     """How noise enters an energy, where it is not added to the stored candidate.
@@ -52,12 +54,20 @@ def update(
     state: PyTree,
     batch: tuple[int, ...],
 ) -> tuple[PyTree, PyTree]:
-    """One descent step from `before`: clamp, transform, step, clip, sharpen."""
+    """One descent step from `before`: unit, clamp, transform, step, clip, sharpen."""
 
     def expand(size, leaf):
         shape = (1,) * (len(batch) - size.ndim) + size.shape
         return size.reshape(shape + (1,) * (leaf.ndim - len(batch)))
 
+    if config.unit_gradient:
+        axes = lambda g: tuple(range(len(batch), g.ndim))
+        square = sum(
+            jnp.sum(jnp.square(g), axis=axes(g)) for g in jax.tree.leaves(gradient)
+        )
+        # A norm of 0 has a derivative, too; gradients far below 1e-6 stay short.
+        inverse = jax.lax.rsqrt(square + UNIT_EPS)
+        gradient = jax.tree.map(lambda g: g * expand(inverse, g), gradient)
     if config.gradient_clamp:
         gradient = jax.tree.map(
             lambda g: jnp.clip(

@@ -47,7 +47,7 @@ def make_score(
     setup: RefineSetup,
     config: ObjectiveConfig,
     sizes: Callable[[PyTree], dict[str, Any]],
-    initial: Callable[[jax.Array, Batch], PyTree],
+    initial: Callable[[jax.Array, Batch, PyTree, PyTree], PyTree],
 ) -> Score:
     """What `make_loss` and `make_replaying` have in common.
 
@@ -56,7 +56,7 @@ def make_score(
       setup: how, and what is learnt.
       config: what is scored.
       sizes: parameters -> `step_size` and `noise_std`, constant where not learnt.
-      initial: keys, batch -> initial candidates.
+      initial: keys, batch, params, context -> initial candidates.
     """
 
     def score(
@@ -91,6 +91,8 @@ def make_score(
             "step_size": params["step_size"],
             "tokens": batch["weights"].sum(),
         }
+        if setup.initial_candidate == "amortised":
+            metrics[f"{model.measure}_start"] = steps["start"]
         if setup.noise_std:
             metrics["noise_std"] = params["noise_std"]
         if config.contrastive_weight:
@@ -109,11 +111,12 @@ def make_score(
         candidate = draws.candidate
         if model.corrupt is not None:
             batch = model.corrupt(fold_in(keys, CORRUPTION), batch, True)
+        context = model.encode_context(params, batch)
         if candidate is None:
-            candidate = initial(fold_in(keys, 0), batch)
+            candidate = initial(fold_in(keys, 0), batch, params, context)
+        start = candidate
         if recall is not None:
             candidate = buffer.recalled(recall, candidate)
-        context = model.encode_context(params, batch)
         tokens = jnp.maximum(batch["weights"].sum(), 1.0)
 
         def mean(values: jax.Array) -> jax.Array:
@@ -144,6 +147,10 @@ def make_score(
         )
         last = schedule.length - 1
         total = total_loss(config, steps["loss"], schedule.length)
+        if setup.initial_candidate == "amortised":
+            # The start is scored like one step more, or nothing would train it.
+            steps["start"] = mean(model.loss(start, batch, 0.0))
+            total = (steps["start"] + schedule.length * total) / (schedule.length + 1)
         total = config.reconstruction_weight * total
         if config.contrastive_weight:
             target = model.energy(

@@ -47,6 +47,7 @@ MODELS = {
         "candidate_layers": 1,
     },
     "final": {"conditioning": "default", "candidate_input": "final"},
+    "scales": {"conditioning": "default", "landscape_scales": True},
 }
 SETUPS = {
     "one step": (

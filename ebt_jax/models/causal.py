@@ -25,6 +25,7 @@ from ebt_jax.interfaces import Batch
 from ebt_jax.models import ends
 from ebt_jax.models.attention import Visible, rotation
 from ebt_jax.models.blocks import (
+    NORM_EPS,
     Block,
     Norm,
     apply,
@@ -88,6 +89,8 @@ def init(config: ModelConfig, key: jax.Array) -> PyTree:
     params["energy"] = init_of(dense(config, 1), next(keys), x)
     if ends.has_candidate_table(config):
         params |= ends.init_candidate_table(config, next(keys))
+    if config.landscape_scales:
+        params["energy_scale"] = jnp.ones(config.num_landscapes)
     if config.conditioning != "default":
         table = embedding(config, config.num_landscapes)
         params["step_embed"] = init_of(table, next(keys), jnp.int32([0]))
@@ -162,8 +165,12 @@ def energy(
         return energy_of_embedded(config, params, past, places, x, landscape)
 
     if isinstance(context.keys, tuple):
-        pasts = enumerate(zip(*past, strict=True))
-        each = [functools.partial(energies, past, number) for number, past in pasts]
+        pasts = list(zip(*past, strict=True))
+        if len(pasts) == 1:
+            return energies(pasts[0], landscape, x)
+        each = [
+            functools.partial(energies, p, number) for number, p in enumerate(pasts)
+        ]
         return _one_of(each, landscape, x)
     if depends_on_landscape(config):
         past = jax.tree.map(lambda a: a[landscape], past)
@@ -199,6 +206,19 @@ def _one_of(
 
     chosen.defvjp(forward, backward)
     return chosen(x)
+
+
+def first_guess(config: ModelConfig, params: PyTree, context: Context) -> jax.Array:
+    """Logits `[batch, seq, vocab]` read off the hidden states candidates start from.
+
+    What a feed-forward model would predict, with the matrix that embeds candidates as
+    its output matrix: an amortised start of the refinement.
+    """
+    assert context.anchor is not None  # the config says so
+    hidden = context.anchor.astype(jnp.promote_types(context.anchor.dtype, jnp.float32))
+    square = jnp.mean(jnp.square(hidden), axis=-1, keepdims=True)
+    hidden = (hidden * jax.lax.rsqrt(square + NORM_EPS)).astype(context.anchor.dtype)
+    return ends.scores(config, params, hidden)
 
 
 def candidate_places(config: ModelConfig, batch: Batch, index: jax.Array) -> Any:
@@ -240,7 +260,11 @@ def energy_of_embedded(
         shift, scale = jnp.split(parts.reshape(1, 1, -1), 2, axis=-1)
         x = x * (1 + scale) + shift
     head = params["energy"]["kernel"]
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) @ head[:, 0]
+    energies = x.astype(jnp.promote_types(x.dtype, jnp.float32)) @ head[:, 0]
+    if config.landscape_scales:
+        # A factor of the energy is one of the step size: each step has its own.
+        energies = energies * params["energy_scale"][landscape]
+    return energies
 
 
 def predict(config: ModelConfig, params: PyTree, batch: Batch) -> jax.Array:

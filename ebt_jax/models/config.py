@@ -46,6 +46,7 @@ class ModelConfig:
     conditioning: str = "time_embed"  # default | time_embed | adaln | adaln_zero
     candidate_input: str = "embedding"  # embedding (published) | anchored | final
     candidate_layers: int = 0  # last blocks that candidates pass through; 0: all
+    landscape_scales: bool = False  # True: a learnt factor of each landscape's energy
     tied_embedding: bool = False  # True: candidates are embedded by the token table
     norm: str = "rms"  # rms | layer | dyt | none
     dyt_alpha: float = 0.5  # initial slope of the dyt norm

@@ -92,6 +92,13 @@ def candidate_table(config: ModelConfig, params: PyTree) -> jax.Array:
     return params["candidate_embed"]["kernel"]
 
 
+def scores(config: ModelConfig, params: PyTree, x: jax.Array) -> jax.Array:
+    """Logits `[batch, seq, vocab]` of x `[batch, seq, dim]` by `candidate_table`."""
+    table = candidate_table(config, params).astype(x.dtype)
+    precise = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("bsd,vd->bsv", x, table, preferred_element_type=precise)
+
+
 def output(config: ModelConfig, params: PyTree, x: jax.Array) -> jax.Array:
     """The baseline's prediction of normalised hidden states `[batch, seq, dim]`.
 

@@ -39,6 +39,11 @@ def energy_model(config: ModelConfig) -> EnergyModel:
         target=target,
         categorical=_categorical(config),
         caching=caching(config),
+        guess=(
+            functools.partial(causal.first_guess, config)
+            if config.candidate_input == "final"
+            else None
+        ),
     )
 
 

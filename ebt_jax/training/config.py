@@ -269,7 +269,9 @@ ADDED_KEYS = {
         "condition",
         "condition_size",
         "candidate_layers",
+        "landscape_scales",
     ),
+    "refine": ("unit_gradient",),
     "optim": ("name",),
 }
 

@@ -56,6 +56,7 @@ PARAMETERS = (
     ("final_modulation/*", P()),
     ("step_embed/embedding", P()),  # [landscapes, dim]
     ("energy/kernel", P()),  # [dim, 1]
+    ("energy_scale", P()),  # [landscapes]
     # Of images.
     ("blocks/qkv/bias", P(None, None, "model")),  # [layers, 3, dim]
     ("blocks/out/bias", P()),

@@ -32,6 +32,11 @@ MODELS = {
         "candidate_layers": 1,
     },
     "final": {"conditioning": "default", "candidate_input": "final"},
+    "scales": {
+        "conditioning": "default",
+        "candidate_input": "anchored",
+        "landscape_scales": True,
+    },
     "transformer_pp": {"kind": "transformer_pp"},
 }
 
