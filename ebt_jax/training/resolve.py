@@ -93,6 +93,22 @@ def resolve_vision(
     return _scheduled(config, model)
 
 
+def resolve_like(config: Config, other: Config) -> Config:
+    """As `resolve`, with what the data decide taken from a resolved config.
+
+    Args:
+      config: a config as the user gave it.
+      other: a resolved one, of the same data or not.
+    """
+    given = config.model
+    sizes = ("vocab_size", "frame_size", "image_size", "channels", "condition_size")
+    found = {name: getattr(given, name) or getattr(other.model, name) for name in sizes}
+    model = dataclasses.replace(
+        given, num_landscapes=config.refine.num_landscapes, **found
+    )
+    return _scheduled(config, model)
+
+
 def _scheduled(config: Config, model: ModelConfig) -> Config:
     """With a resolved model, and a schedule as long as the run."""
     optim = dataclasses.replace(

@@ -6,12 +6,14 @@ A workdir holds `config.json`, the resolved config of the run, and what the run 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from pathlib import Path
 
 from ebt_jax.errors import UserError
 from ebt_jax.training.config import Config, differences, from_json, to_json
+from ebt_jax.training.resolve import resolve_like
 
 # What a run may be continued with. With another number of steps only while the
 # learning rates stay what they were, that is, with the same optim.schedule_steps.
@@ -111,6 +113,21 @@ def check_same(path: Path, config: Config, changeable: tuple[str, ...]) -> None:
             f"{path} holds a run of another config: {', '.join(conflicts)}; use the "
             f"same values{hint if longer else ''}, or name another workdir"
         )
+
+
+def is_finished(path: Path, config: Config) -> bool:
+    """Whether `ebt train` would find nothing to do, without data and devices.
+
+    Args:
+      path: the workdir.
+      config: of the run, resolved or not.
+    """
+    try:
+        step = json.loads((path / "summary.json").read_text())["step"]
+        check_config(path, resolve_like(config, read_config(path)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # training says what is wrong, if anything is
+    return step >= config.train.steps
 
 
 def claim_workdir(path: Path, config: Config) -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from ebt_jax.command import Flag, Verb
 from ebt_jax.verbs.common import COUNT, INTEGER, POSITIVE, WORKDIR, required
 
+if TYPE_CHECKING:  # else `ebt train --help` would wait for JAX
+    from ebt_jax.training.config import Config
+
 
 def run(values: flags.FlagValues) -> None:
     """Trains the config's model in --workdir, or continues the run that is there."""
     workdir = required(values, "workdir", "a folder for what the run writes")
-    if values.steps is not None:
-        values.config.train.steps = values.steps
-    if values.init_from is not None:
-        values.config.train.init_from = values.init_from
+    config = given_config(values)
 
-    from ebt_jax.training.config import from_config_dict
     from ebt_jax.training.distributed import Processes, running
     from ebt_jax.training.loop import train
 
-    config = from_config_dict(values.config)
     processes = Processes(
         detect=values.distributed,
         coordinator=values.coordinator,
@@ -31,6 +31,17 @@ def run(values: flags.FlagValues) -> None:
     )
     with running(processes):
         train(config, workdir, values.resume_from or "")
+
+
+def given_config(values: flags.FlagValues) -> Config:
+    """The config of a command line, unresolved."""
+    from ebt_jax.training.config import from_config_dict
+
+    if values.steps is not None:
+        values.config.train.steps = values.steps
+    if values.init_from is not None:
+        values.config.train.init_from = values.init_from
+    return from_config_dict(values.config)
 
 
 VERB = Verb(
