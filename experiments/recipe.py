@@ -38,7 +38,7 @@ FINAL = 1000  # updates of the finalists
 FINALISTS = {"transformer_pp": 1, "ebt": 4}
 SEEDS = (0, 1, 2)
 # Multiples of the published learning rate: of forms, of Muon, of all else.
-OF_FORMS, OF_MUON, OF_DETAILS = (1, 2, 4), (2, 4, 8), (2,)
+OF_FORMS, OF_MUON, OF_DETAILS = (1, 2, 4), (4, 8, 16), (2,)
 FORMS = ("transformer_pp", "published", "anchored", "trunk", "final", "light")
 
 ONE_STEP = {"refine.num_steps": 1, "refine.num_landscapes": 1}

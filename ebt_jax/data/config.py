@@ -19,6 +19,7 @@ class DataConfig:
     text_key: str = "text"  # field of a record that holds the text
     context: int = 128  # tokens of context; a sequence is one longer
     packing: str = "concat"  # concat | first_fit | document
+    train_tokens: int = 0  # trains on so many, the first ones; 0: on all there are
     held_out: float = 0.1  # fraction of the corpus kept for evaluation
     held_out_path: str = ""  # evaluate on this corpus instead; held_out is then 0
     shuffle: bool = True  # training sequences in a new random order every epoch
@@ -29,6 +30,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.context < 1:
             raise UserError(f"data.context is {self.context}, but has to be at least 1")
+        if self.train_tokens and self.train_tokens < self.context:
+            raise UserError(
+                f"data.train_tokens is {self.train_tokens}, but a sequence has "
+                f"data.context = {self.context}; raise it, or 0 for all"
+            )
         if self.packing not in ("concat", "first_fit", "document"):
             raise UserError(
                 f"data.packing is {self.packing!r}, but has to be one of concat, "

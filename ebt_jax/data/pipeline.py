@@ -174,8 +174,10 @@ def train_batches(
             f"{config.context + 1} tokens, but the training text has only {total}; "
             "lower data.context or give more text"
         )
-    check_batch(config, batch_size, len(sequences), "sequences")
     examples = grain.MapDataset.source(sequences)
+    if config.train_tokens:
+        examples = examples[: config.train_tokens // config.context]
+    check_batch(config, batch_size, len(examples), "sequences")
     if config.shuffle:
         examples = examples.shuffle(seed=seed % 2**32)
     if config.repeat:

@@ -108,6 +108,7 @@ def close_run(
         params = on_first_device(params, mesh)
         if first:
             say(show(objective, params, held_out, path))
+    results = {**results, **lowest(path, objective.measure)}
     if first:
         summary = {"step": step, **finite(results)}
         replace_text(path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -117,6 +118,32 @@ def close_run(
         f"{', '.join(names)}"
     )
     return results
+
+
+def lowest(path: Path, measure: str) -> dict[str, float]:
+    """The lowest held-out loss of a run, and the step that had it.
+
+    What stopping there would have given: of small corpora the last step is not the
+    best.
+
+    Args:
+      path: the workdir, whose `metrics.jsonl` is read.
+      measure: of the objective.
+
+    Returns:
+      `lowest/MEASURE` and `lowest/step`; empty where nothing finite was evaluated.
+    """
+    found = []
+    with open(path / "metrics.jsonl") as file:
+        for line in file:
+            row = json.loads(line)
+            loss = row.get(f"eval/{measure}")
+            if loss is not None:  # of a number that is not finite, too
+                found.append((loss, row["step"]))
+    if not found:
+        return {}
+    loss, step = min(found)
+    return {f"lowest/{measure}": loss, "lowest/step": float(step)}
 
 
 def held_out_text(results: dict[str, float]) -> str:

@@ -273,6 +273,7 @@ ADDED_KEYS = {
     ),
     "refine": ("unit_gradient",),
     "optim": ("name",),
+    "data": ("train_tokens",),
 }
 
 
