@@ -109,8 +109,8 @@ def sweep(words: str = "") -> list[dict[str, Any]]:
 def following(results: dict[str, float], words: str = "") -> list[dict[str, Any]]:
     """The next round, of the better half of each kind; in the end, seeds."""
     into, size, _, tiny = _parsed(words)
-    rounds, final = ((2, 3), 4) if tiny else (ROUNDS, FINAL)
-    seeds = SEEDS[:2] if tiny else SEEDS
+    rounds, final = ((2,), 3) if tiny else (ROUNDS, FINAL)
+    seeds = SEEDS[:1] if tiny else SEEDS
     losses = {Path(workdir): loss for workdir, loss in results.items()}
     if any(path.parent.name == "final" for path in losses):
         return []
@@ -183,7 +183,7 @@ def _run(
         "config.train.seed": seed,
         "config.eval.every": 0,
         "config.eval.sequences": 8 if tiny else 832,
-        "config.eval.curve_steps": 4 if final and "transformer" not in arm else 0,
+        "config.eval.curve_steps": 8 if final and "transformer" not in arm else 0,
         "config.eval.sample_tokens": 0,
         "config.checkpoint.every": 0,
         "config.log.plots": False,

@@ -18,6 +18,10 @@ Words, joined by commas after the colon:
     no_random_steps      s2 with 3 steps
     anchored        System 1 whose candidates start from the token they continue; step
                     size 5, no step embedding. Not published, and better (table below)
+    final           one step, from candidates that start from the context's final hidden
+                    state and pass all blocks
+    light           the same, through the last block alone: little dearer than
+                    Transformer++ where there are many blocks
     transformer_pp  the feed-forward baseline with the same blocks
     size=SIZE       4xs, 3xs, xxs (the default), xs, small, medium, large or xl, with
                     the published learning rate
@@ -85,7 +89,7 @@ from ebt_jax.training.config import (
 )
 from ebt_jax.training.presets import PEAK_LR, parse_words, with_step_size
 
-METHODS = ("s1", "s2", "anchored", "transformer_pp")
+METHODS = ("s1", "s2", "anchored", "final", "light", "transformer_pp")
 OPTIONS = ("no_replay", "no_langevin", "no_random_step_size", "no_random_steps")
 REPLAYED_BATCHES = 6  # that the buffer holds: 192 sequences, 32 at a time (published)
 SETTINGS = ("quickstart", "fidelity", "tiny")
@@ -153,6 +157,16 @@ def _method(method: str, size: str) -> Config:
             size=size, candidate_input="anchored", conditioning="default"
         )
         return with_step_size(dataclasses.replace(config, model=model), 5.0)
+    if method in ("final", "light"):
+        model = ModelConfig(
+            size=size,
+            candidate_input="final",
+            candidate_layers=1 if method == "light" else 0,
+            conditioning="default",
+        )
+        refine = RefineSetup(num_steps=1, num_landscapes=1)
+        config = dataclasses.replace(config, model=model, refine=refine)
+        return with_step_size(config, 5.0)
     model = ModelConfig(size=size, kind="transformer_pp")
     return dataclasses.replace(config, model=model)
 

@@ -1,0 +1,116 @@
+"""What thinking gains, as training goes on and as data leave those of training.
+
+    python launch/sweep.py experiments/thinking.py:into=runs/thinking,data=DATA \\
+        --run=local --jobs=2 --set=config.data.path=train.txt \\
+        --set=config.data.held_out_path=held.txt --set=config.data.held_out=0
+    ebt report 'runs/thinking/*' --out=thinking.html
+
+Each method is trained for 250, 500 and 1,000 updates, a run each, from three seeds.
+Held-out loss after 1 to 8 refinement steps stands in a run's summary.json as
+`thinking/nll/step_I`. Then it is scored on text further and further from that of
+training, with the trained number of steps, more of them, and the best of 4 candidates:
+the report has gain against shift. DATA is a folder of data sets, see `ebt evaluate
+--task`.
+
+Methods: `light` (one step, that is all it was trained for), `anchored` (two steps,
+System 1), `anchored_s2` (System 2: 2 or 3 steps of random sizes, Langevin noise, the
+loss on the last), `anchored_mild` (the same without noise).
+
+Words, joined by commas:
+
+    into=DIR     folder of the runs (runs/thinking)
+    data=DIR     folder of the data sets; without it nothing but training
+    size=SIZE    4xs (the default), 3xs, ...
+    only=A+B     methods; all without it
+    tiny         next to nothing; for tests
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ebt_jax.errors import UserError
+from ebt_jax.models.config import SIZES
+from ebt_jax.training.presets import PEAK_LR
+
+UPDATES = (250, 500, 1000)
+SEEDS = (0, 1, 2)
+ANCHORED = {"model.candidate_input": "anchored", "model.conditioning": "default"}
+# name -> (words of experiments/text.py, changed values)
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "light": ("light", {}),
+    "anchored": ("anchored", {"refine.num_landscapes": 1}),
+    "anchored_s2": ("s2", ANCHORED),
+    "anchored_mild": ("s2,no_langevin,no_replay", ANCHORED),
+}
+TASKS = "tinyshakespeare,wikitext2,gsm8k,simple_arithmetic"
+THINKING = (None, "fixed:steps=8", "best_of:n=4", "fixed:steps=8+best_of:n=4")
+
+
+def sweep(words: str = "") -> list[dict[str, Any]]:
+    """All trainings, each followed by the evaluations of its run."""
+    into, data, size, methods, tiny = _parsed(words)
+    runs = []
+    for method in methods:
+        for updates in (2,) if tiny else UPDATES:
+            for seed in SEEDS[:1] if tiny else SEEDS:
+                run = _training(into, size, method, updates, seed, tiny)
+                runs.append(run)
+                if data:
+                    runs += [_scoring(run["workdir"], data, how) for how in THINKING]
+    return runs
+
+
+def _training(
+    into: str, size: str, method: str, updates: int, seed: int, tiny: bool
+) -> dict[str, Any]:
+    """Flags of `ebt train`."""
+    words, changes = METHODS[method]
+    if tiny:
+        changes = {**changes, "model.dim": 16, "model.num_heads": 2}
+    return {
+        "config": f"experiments/text.py:fidelity,{words},size={size}",
+        **{f"config.{key}": value for key, value in changes.items()},
+        "config.optim.peak_lr": 2 * PEAK_LR[size],
+        "config.optim.warmup_steps": max(1, min(100, updates // 5)),
+        "config.train.steps": updates,
+        "config.train.seed": seed,
+        "config.eval.every": 0,
+        "config.eval.sequences": 8 if tiny else 512,
+        "config.eval.curve_steps": 8,
+        "config.eval.sample_tokens": 0,
+        "config.checkpoint.every": 0,
+        "config.log.plots": False,
+        "config.log.tensorboard": False,
+        "workdir": f"{into}/{method}-{updates}-{seed}",
+    }
+
+
+def _scoring(workdir: str, data: str, how: str | None) -> dict[str, Any]:
+    """Flags of `ebt evaluate`."""
+    flags = {"task": TASKS, "data": data, "items": 64, "workdir": workdir}
+    return {"verb": "evaluate", **flags, **({} if how is None else {"think": how})}
+
+
+def _parsed(words: str) -> tuple[str, str, str, list[str], bool]:
+    """Folder, data, size, methods, and whether it is tiny."""
+    into, data, size, methods, tiny = "runs/thinking", "", "4xs", list(METHODS), False
+    for word in filter(None, (word.strip() for word in words.split(","))):
+        key, _, value = word.partition("=")
+        if word == "tiny":
+            tiny = True
+        elif key == "into" and value:
+            into = value.rstrip("/")
+        elif key == "data" and value:
+            data = value
+        elif key == "size" and value in SIZES:
+            size = value
+        elif key == "only" and set(value.split("+")) <= set(METHODS):
+            methods = value.split("+")
+        else:
+            raise UserError(
+                f"thinking word {word!r} is unknown; known are into=DIR, data=DIR, "
+                f"size=SIZE ({', '.join(SIZES)}), only=A+B of {', '.join(METHODS)}, "
+                "and tiny"
+            )
+    return into, data, size, methods, tiny
