@@ -150,7 +150,7 @@ def run(config, steps):
         if compiled is None:
             compiled = step.lower(state, batch).compile(QUICK)
         before = state.replay
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, step.key)
         assert all(x.is_deleted() for x in jax.tree.leaves(before))  # donated
         tokens.append(batch_of(rows, i)["tokens"])
     return types.SimpleNamespace(
@@ -158,7 +158,7 @@ def run(config, steps):
         metrics=metrics,
         tokens=tokens,
         target=state_target(jax.eval_shape(init), mesh),
-        again=lambda state: compiled(state, batch)[0],
+        again=lambda state: compiled(state, batch, step.key)[0],
         text=compiled.as_text(),
     )
 

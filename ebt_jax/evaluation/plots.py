@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ebt_jax.errors import UserError
+
+if TYPE_CHECKING:  # matplotlib takes half a second, which no run waits for at its start
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRAIN, HELD_OUT = "#9db7d5", "#c0392b"
 
@@ -65,6 +67,8 @@ def thinking_curve(
     Returns:
       The path of the plot.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure("Thinking curve")
     steps = range(1, len(per_step) + 1)
     axes.plot(steps, per_step, color=HELD_OUT, marker="o", markersize=4)
@@ -86,6 +90,8 @@ def _series(workdir: str | Path, name: str) -> np.ndarray:
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     # `Figure` instead of pyplot: no global state, and no display is looked for.
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -81,7 +81,7 @@ def begin(
     config: Config,
     own: tuple[Path, int] | None,
     origin: Origin | None,
-    init: Callable[[], TrainState],
+    init: Callable[[jax.Array], TrainState],
     target: TrainState,
 ) -> Restored:
     """The state that a run begins with, each array born where it is to live.
@@ -90,7 +90,7 @@ def begin(
       config: resolved.
       own: the workdir and its newest good checkpoint, if there is one.
       origin: of `find_origin`, where there is none.
-      init: makes the state from the seed.
+      init: makes the state from the key of the seed.
       target: shapes and shardings of the state.
 
     Raises:
@@ -100,7 +100,8 @@ def begin(
     if whole:
         return checkpoint.restore(*whole, target)
     shardings = jax.tree.map(lambda s: s.sharding, target)
-    state = jax.jit(init, out_shardings=shardings)()
+    key = jax.random.key(config.train.seed)
+    state = jax.jit(init, out_shardings=shardings)(key)
     if origin:
         state = state._replace(params=warm_start(origin, config, state.params))
     return Restored(state, 0)

@@ -139,7 +139,7 @@ def fit(
         for name, rate in learning_rates(config.optim).items()
         if name in groups
     }
-    init = lambda: init_state(objective, optimizer, config.train.seed)
+    init = lambda key: init_state(objective, optimizer, key)
     train_step = make_step(
         objective,
         optimizer,
@@ -149,7 +149,7 @@ def fit(
         mesh=mesh,
         spike_factor=config.train.spike_factor,
     )
-    target = state_target(jax.eval_shape(init), mesh)
+    target = state_target(jax.eval_shape(init, train_step.key), mesh)
     with (
         Saver(path, config.checkpoint) as saver,
         StopSignals() as signals,

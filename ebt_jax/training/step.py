@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -55,11 +55,50 @@ def saved_form(state: TrainState) -> dict[str, PyTree]:
     return fields
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A compiled training step and the key of a run: `(state, batch) -> ...`.
+
+    The key is an argument of what is compiled and no constant in it, so that runs that
+    differ in their seed alone share one program, in a process and in JAX's cache.
+
+    Attributes:
+      compiled: `(state, batch, key) -> (state, metrics)`, of `jax.jit`; donates the
+        state.
+      key: of the run.
+    """
+
+    compiled: Any
+    key: jax.Array
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """See `make_step`."""
+        return self.compiled(state, batch, self.key)
+
+    def trace(self, state: PyTree, batch: PyTree) -> Any:
+        """What `jax.jit` traces for states and batches, or shapes of them."""
+        return self.compiled.trace(state, batch, self.key)
+
+    def lower(self, state: PyTree, batch: PyTree) -> Any:
+        """What `jax.jit` lowers for states and batches, or shapes of them."""
+        return self.compiled.lower(state, batch, self.key)
+
+
 def init_state(
-    objective: Objective, optimizer: optax.GradientTransformation, seed: int
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    seed: int | jax.Array,
 ) -> TrainState:
-    """The state before the first update."""
-    params = objective.init(jax.random.fold_in(jax.random.key(seed), 0))
+    """The state before the first update.
+
+    Args:
+      objective: what is going to be minimised.
+      optimizer: of `optim.make_optimizer`, or any other.
+      seed: of the run, or `jax.random.key` of it: an argument of what is compiled, so
+        that a program is made once for all seeds.
+    """
+    key = jax.random.key(seed) if isinstance(seed, int) else seed
+    params = objective.init(jax.random.fold_in(key, 0))
     replay = objective.replaying.empty() if objective.replaying else ()
     return TrainState(
         params, optimizer.init(params), jnp.int32(0), guard.new_guard(), replay
@@ -75,7 +114,7 @@ def make_step(
     rates: dict[str, Schedule] | None = None,
     mesh: Mesh | None = None,
     spike_factor: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """The compiled training step.
 
     Args:
@@ -95,9 +134,10 @@ def make_step(
       `parameter_norm` (after the update) and those of `guard.numbers`.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        key = jax.random.fold_in(key, state.step)
+    def step(
+        state: TrainState, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
         gradient, metrics, replay = gradient_of(
             state.params, batch, key, replay=state.replay
         )
@@ -125,18 +165,19 @@ def make_step(
                 for name, rate in (rates or {}).items()
             },
         }
-        step = state.step + 1
-        return TrainState(params, opt_state, step, after, replay), metrics
+        made = state.step + 1
+        return TrainState(params, opt_state, made, after, replay), metrics
 
+    key = jax.random.key(seed)
     if mesh is None:
         gradient_of = functools.partial(mean_gradient, objective, parts=accumulation)
-        return jax.jit(step, donate_argnums=0)
+        return TrainStep(jax.jit(step, donate_argnums=0), key)
     gradient_of = functools.partial(
         global_mean_gradient, objective, mesh=mesh, parts=accumulation
     )
-    state = jax.eval_shape(lambda: init_state(objective, optimizer, seed))
-    shardings = state_shardings(state, mesh)
-    return jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
+    state = jax.eval_shape(lambda key: init_state(objective, optimizer, key), key)
+    placed = (state_shardings(state, mesh), replicated(mesh))
+    return TrainStep(jax.jit(step, out_shardings=placed, donate_argnums=0), key)
 
 
 def global_mean_gradient(

@@ -88,7 +88,7 @@ def step_on(config, mesh):
         rows = global_batch(batch_of(config), mesh, BATCH)
         compiled = step.lower(state_target(shapes, mesh), rows).compile(QUICK)
         start = jax.device_get(before.params)
-        after, metrics = compiled(before, rows)
+        after, metrics = compiled(before, rows, step.key)
         gradient = jax.tree.map(np.subtract, start, jax.device_get(after.params))
         return jax.device_get(metrics), gradient
 

@@ -58,8 +58,9 @@ def first_state(config):
 
     objective = objective._replace(init=fresh)
     optimizer = make_optimizer(config.optim, config.refine, shapes)
-    init = lambda: init_state(objective, optimizer, config.train.seed)
-    target = state_target(jax.eval_shape(init), make_mesh(config.mesh))
+    init = lambda key: init_state(objective, optimizer, key)
+    state = jax.eval_shape(init, jax.random.key(config.train.seed))
+    target = state_target(state, make_mesh(config.mesh))
     return init, target
 
 
@@ -83,7 +84,7 @@ def trained(tmp_path_factory):
     claim_workdir(path, config)
     init, target = first_state(config)
     shardings = jax.tree.map(lambda s: s.sharding, target)
-    first = jax.jit(init, out_shardings=shardings)()
+    first = jax.jit(init, out_shardings=shardings)(jax.random.key(5))
     second = jax.tree.map(lambda x: x + 1, first)
     with Saver(path, config.checkpoint) as saver:
         saver.save(1, first, 16, config)
@@ -126,7 +127,7 @@ def test_another_vocabulary_keeps_the_common_entries(trained, tmp_path, kind, vo
         path, config = tmp_path / "plain", config_of(kind=kind)
         claim_workdir(path, config)
         init, _ = first_state(config)
-        state = init()
+        state = init(jax.random.key(0))
         known = checkpoint.named(state.params)
         with Saver(path, config.checkpoint) as saver:
             saver.save(1, state, 0, config)

@@ -87,7 +87,7 @@ def step_on(config, mesh):
         lowered = step.lower(state_target(shapes, mesh), rows)
         compiled = lowered.compile(QUICK)
         start = jax.device_get(before.params)
-        after, metrics = compiled(before, rows)
+        after, metrics = compiled(before, rows, step.key)
         gradient = jax.tree.map(np.subtract, start, jax.device_get(after.params))
         return jax.device_get(metrics), gradient, compiled.as_text()
 

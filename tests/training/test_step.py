@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -92,3 +94,22 @@ def test_draws_follow_from_seed_and_step(toy, on_one_device):
     losses = [numbers["loss"] for numbers in first]
     assert losses == [numbers["loss"] for numbers in again]
     assert losses[0] != on_one_device[1][0]["loss"]
+
+
+def test_seeds_share_one_program(toy):
+    """What JAX's cache knows a program by, of an update and of the first state."""
+    fake, config = toy.bigram(noise=0.5), toy.config()
+    mesh = make_mesh(MeshConfig(data=2))
+    shapes = jax.eval_shape(fake.objective.init, jax.random.key(0))
+    optimizer = make_optimizer(config.optim, config.refine, shapes)
+    init = lambda key: init_state(fake.objective, optimizer, key)
+    batch = global_batch(next(toy.training_batches(16)), mesh)
+    programs = set()
+    for seed in (3, 2**32 - 1):
+        step = make_step(fake.objective, optimizer, seed=seed, mesh=mesh)
+        state = jax.eval_shape(init, step.key)
+        lowered = (step.lower(state, batch), jax.jit(init).lower(step.key))
+        programs.add(tuple(program.as_text() for program in lowered))
+        constant = functools.partial(init_state, fake.objective, optimizer, seed)
+        assert_close(jax.jit(init)(step.key), jax.jit(constant)(), rtol=0)
+    assert len(programs) == 1
