@@ -90,7 +90,7 @@ def pack(
         arrays={k: np.asarray(v) for k, v in checkpoint.named(params).items()},
         config=_without_folders(config),
         step=step,
-        files=_files(config),
+        files=packed.read(path).files if path.is_file() else _files(config),
         results=_results(path, step),
         note=note,
         dtype=dtype,

@@ -27,7 +27,17 @@ from ebt_jax.training.config import Config, from_json, to_json
 
 SUFFIX = ".npz"
 FORMAT = "ebt-jax model 1"
-ABOUT = "about"  # no parameter's name: those have a folder, or say what they are
+ABOUT = "about"  # which no parameter is called
+_PLAIN = ("step", "results", "note", "dtype")  # fields that are JSON as they are
+_UNREADABLE = (
+    OSError,
+    ValueError,  # as of what is pickled
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    zipfile.BadZipFile,  # as of a CRC-32 sum
+    zlib.error,
+)
 
 
 class Packed(NamedTuple):
@@ -159,9 +169,6 @@ def describe(packed: Packed, size: int) -> str:
     return "\n".join(f"{name:<18}{text}" for name, text in lines.items() if text)
 
 
-_PLAIN = ("step", "results", "note", "dtype")  # fields that are JSON as they are
-
-
 def _stored(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     whole = np.asarray(array, np.float32)
     if not whole.ndim:
@@ -183,20 +190,13 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
         with np.load(file, allow_pickle=False) as opened:
             if isinstance(opened, np.lib.npyio.NpzFile):
                 return dict(opened)
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise _unreadable(file, error) from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise _unreadable(file, error) from error
+    except _UNREADABLE as error:
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{file} is damaged, or no file of `ebt checkpoints pack` ({told}); get "
+            "another copy, or name a workdir"
+        ) from error
     raise UserError(f"{file} is one array, but has to be a model of many")
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    told = str(error).splitlines()
-    return UserError(
-        f"{file} is damaged, or no file of `ebt checkpoints pack` "
-        f"({told[0] if told else type(error).__name__}); get another copy, or name a "
-        "workdir"
-    )
 
 
 def _sum(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

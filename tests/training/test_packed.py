@@ -114,7 +114,7 @@ def test_equal_contents_are_equal_files(folder, tmp_path):
     assert (tmp_path / "again.npz").read_bytes() == (folder / "whole.npz").read_bytes()
     pack(folder / "whole.npz", tmp_path / "half.npz", "--dtype=float16")
     once, twice = (packed.read(f / "half.npz") for f in (folder, tmp_path))
-    assert once.results == twice.results
+    assert once.results == twice.results and twice.files == ("corpus.txt",)
     for name, array in once.arrays.items():
         np.testing.assert_array_equal(twice.arrays[name], array)
 
