@@ -49,14 +49,23 @@ def test_a_card_has_the_numbers_of_the_file(name):
     assert f" {size:.2f} MB" in row
 
 
-def test_text_goes_on_and_digits_are_scored(capsys, tmp_path):
+def of_space(space):
+    return [n for n, f in FILES.items() if packed.read(f).config.model.space == space]
+
+
+def test_text_goes_on(capsys):
     """As a new user would, with nothing trained."""
-    argv = [f"--workdir={FILES['text-4xs']}", "--prompt=The value of", "--new=8"]
-    assert ebt(["generate", *argv, "--json"]) == 0
+    file = FILES[of_space("text")[0]]
+    argv = [f"--workdir={file}", "--prompt=The value of", "--new=8", "--json"]
+    assert ebt(["generate", *argv]) == 0
     made = json.loads(capsys.readouterr().out)
     assert len(made["tokens"]) == 8 and made["refinement_steps"] >= 1
+
+
+@pytest.mark.parametrize("name", of_space("image"))
+def test_images_are_denoised(name, capsys):
     pytest.importorskip("sklearn")
-    argv = [f"--workdir={FILES['digits']}", "--sequences=8", "--passes=1", "--json"]
+    argv = [f"--workdir={FILES[name]}", "--sequences=8", "--passes=1", "--json"]
     assert ebt(["evaluate", *argv]) == 0
     scored = json.loads(capsys.readouterr().out)
     assert scored["psnr"] > 15 and scored["sequences"] == 8
