@@ -1,7 +1,10 @@
 """A trained model in one file: `ebt checkpoints pack`, and what takes the file."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import math
 import shutil
 import zipfile
 
@@ -12,15 +15,16 @@ import pytest
 from ebt_jax.cli import run as ebt
 from ebt_jax.data.config import DataConfig
 from ebt_jax.data.vision_config import VisionConfig
+from ebt_jax.errors import UserError
 from ebt_jax.models.config import ModelConfig
-from ebt_jax.training import checkpoint, packed, workdir
+from ebt_jax.training import checkpoint, initial, packed, workdir
 from ebt_jax.training import config as c
-from ebt_jax.training.loop import train
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
-from ebt_jax.training.resolve import resolve_vision
+from ebt_jax.training.resolve import resolve, resolve_vision
 from ebt_jax.training.saving import Saver
 from ebt_jax.training.step import init_state
+from ebt_jax.verbs.common import results_folder
 
 QUIET = c.LogConfig(tensorboard=False, plots=False, compilation_cache=False)
 
@@ -29,11 +33,26 @@ def small(**model):
     return ModelConfig(num_layers=1, num_heads=1, dim=8, **model)
 
 
+def first_state(config):
+    objective = build_objective(config)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    optimizer = make_optimizer(config.optim, config.refine, shapes)
+    return jax.jit(lambda: init_state(objective, optimizer, 4))()
+
+
+def save(path, config, **metrics):
+    """A workdir with a checkpoint of step 2, of parameters that nobody has trained."""
+    workdir.claim_workdir(path, config)
+    named = {f"eval/{name}": value for name, value in metrics.items()}
+    with Saver(path, config.checkpoint) as saver:
+        saver.save(2, first_state(config), 16, config, named, wait=True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Holds a run of text, `run`, and its model in two files, `whole` and `half`."""
     folder = tmp_path_factory.mktemp("packed")
-    (folder / "corpus.txt").write_text("Energy falls until nothing changes. " * 40)
+    (folder / "corpus.txt").write_text("Energy falls until nothing changes. " * 9)
     config = c.Config(
         model=small(conditioning="default"),
         data=DataConfig(path=str(folder / "corpus.txt"), context=16),
@@ -42,7 +61,7 @@ def folder(tmp_path_factory):
         mesh=c.MeshConfig(data=1),
         log=QUIET,
     )
-    train(config, str(folder / "run"))
+    save(folder / "run", resolve(config, 256), nll=5.5, perplexity=math.inf)
     pack(folder / "run", folder / "whole.npz", "--note=Of nobody.")
     pack(folder / "run", folder / "half.npz", "--dtype=float16")
     return folder
@@ -53,12 +72,18 @@ def pack(run, out, *flags):
     assert ebt(argv) == 0
 
 
-def numbers(capsys, trained, folder, *flags):
-    data = f"--data={folder / 'corpus.txt'}"
-    capsys.readouterr()
-    assert ebt(["evaluate", f"--workdir={trained}", data, "--json", *flags]) == 0
-    told = json.loads(capsys.readouterr().out)
-    return {k: v for k, v in told.items() if k not in ("workdir", "data")}
+def numbers(trained, folder, *flags):
+    data, told = f"--data={folder / 'corpus.txt'}", io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert ebt(["evaluate", f"--workdir={trained}", data, "--json", *flags]) == 0
+    found = json.loads(told.getvalue())
+    return {k: v for k, v in found.items() if k not in ("workdir", "data")}
+
+
+@pytest.fixture(scope="module")
+def of_file(folder):
+    """Numbers of the file that holds all bits."""
+    return numbers(folder / "whole.npz", folder)
 
 
 def refused(capsys, *argv):
@@ -80,14 +105,25 @@ def test_a_file_holds_what_the_workdir_does(folder):
         np.testing.assert_array_equal(after[name], array)
     given = c.differences(workdir.read_config(run), config)
     assert given == {"data.path": (str(folder / "corpus.txt"), "corpus.txt")}
-    found, summary = packed.read(file), json.loads((run / "summary.json").read_text())
+    found = packed.read(file)
     assert found.step == 2 and found.note == "Of nobody."
-    assert found.results["eval/nll"] == summary["eval/nll"]
+    assert found.results == {"eval/nll": 5.5}
 
 
-def test_numbers_and_texts_are_those_of_the_workdir(folder, capsys):
+def test_numbers_of_the_end_of_a_run(folder, tmp_path):
+    """Are in its summary, which is of no checkpoint before."""
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    for step, nll in ((2, 5.25), (3, 5.5)):
+        told = {"step": step, "eval/nll": 5.25, "train/loss": 1.0, "eval/x": None}
+        (run / "summary.json").write_text(json.dumps(told))
+        pack(run, tmp_path / "x.npz")
+        assert packed.read(tmp_path / "x.npz").results == {"eval/nll": nll}
+
+
+def test_numbers_and_texts_are_those_of_the_workdir(folder, of_file, capsys):
     run, file = folder / "run", folder / "whole.npz"
-    assert numbers(capsys, file, folder) == numbers(capsys, run, folder)
+    assert of_file == numbers(run, folder)
+    capsys.readouterr()
     texts = []
     for trained in (run, file):
         flags = ["--prompt=Energy", "--new=20", "--json"]
@@ -96,7 +132,7 @@ def test_numbers_and_texts_are_those_of_the_workdir(folder, capsys):
     assert texts[0] == texts[1] and len(texts[0]["tokens"]) == 20
 
 
-def test_half_the_bits(folder, capsys):
+def test_half_the_bits(folder, of_file):
     whole, half = (folder / name for name in ("whole.npz", "half.npz"))
     assert half.stat().st_size < 0.7 * whole.stat().st_size
     a, b = packed.read(whole).arrays, packed.read(half).arrays
@@ -105,8 +141,7 @@ def test_half_the_bits(folder, capsys):
         np.testing.assert_allclose(b[name], array, rtol=2**-11, atol=2**-25)
     assert b["step_size"] == a["step_size"]
     assert any((b[name] != array).any() for name, array in a.items())
-    ours, theirs = (numbers(capsys, file, folder)["nll"] for file in (whole, half))
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert numbers(half, folder)["nll"] == pytest.approx(of_file["nll"], rel=1e-3)
 
 
 def test_equal_contents_are_equal_files(folder, tmp_path):
@@ -119,11 +154,11 @@ def test_equal_contents_are_equal_files(folder, tmp_path):
         np.testing.assert_array_equal(twice.arrays[name], array)
 
 
-def test_files_stand_in_for_other_runs_too(folder, capsys):
+def test_files_stand_in_for_other_runs_too(folder, of_file, capsys):
     file = folder / "whole.npz"
-    alone = numbers(capsys, file, folder)
-    together = numbers(capsys, file, folder, f"--ensemble={file}")
-    assert together["nll"] == pytest.approx(alone["nll"], rel=1e-5)
+    together = numbers(file, folder, f"--ensemble={file}")
+    assert together["nll"] == pytest.approx(of_file["nll"], rel=1e-5)
+    capsys.readouterr()
     argv = ["generate", f"--workdir={file}", "--prompt=En", "--temperature=0"]
     texts = []
     for flags in ([], [f"--draft={file}"]):
@@ -133,33 +168,32 @@ def test_files_stand_in_for_other_runs_too(folder, capsys):
 
 
 def test_a_run_begins_with_a_file(folder, tmp_path):
-    config = workdir.read_config(folder / "run")
-    frozen = dataclasses.replace(config.optim, peak_lr=1e-30, weight_decay=0.0)
-    once = dataclasses.replace(
-        config.train, steps=1, init_from=str(folder / "whole.npz")
-    )
-    train(dataclasses.replace(config, optim=frozen, train=once), str(tmp_path / "run"))
-    before = checkpoint.named(checkpoint.restore_params(folder / "run"))
-    after = checkpoint.named(checkpoint.restore_params(tmp_path / "run"))
-    for name, array in before.items():
-        np.testing.assert_array_equal(after[name], array)
+    config, file = workdir.read_config(folder / "run"), str(folder / "whole.npz")
+    fresh = first_state(config).params
+    other = jax.tree.map(lambda x: x + 1, fresh)
+    begun = dataclasses.replace(config.train, init_from=file)
+    config = dataclasses.replace(config, train=begun)
+    origin = initial.find_origin(config, "", fresh)
+    assert origin is not None and not origin.whole
+    params = initial.warm_start(origin, config, other)
+    jax.tree.map(np.testing.assert_array_equal, params, fresh)
+    with pytest.raises(UserError, match="is a file, which has no optimiser's state"):
+        initial.find_origin(config, file, fresh)
 
 
 def test_results_are_kept_where_there_is_a_folder(folder, tmp_path, capsys):
-    argv = ["evaluate", f"--workdir={folder / 'whole.npz'}", "--uncertainty"]
-    argv += [f"--data={folder / 'corpus.txt'}", "--sequences=8", "--json"]
-    before = sorted(folder.iterdir())
-    assert ebt(argv) == 0
-    told = capsys.readouterr()
-    assert "is a file: give --out=FOLDER" in told.err
-    assert sorted(folder.iterdir()) == before
+    file = folder / "whole.npz"
+    argv = ["evaluate", f"--workdir={file}", "--uncertainty", "--sequences=8"]
+    argv += [f"--data={folder / 'corpus.txt'}", "--json"]
     assert ebt([*argv, f"--out={tmp_path}"]) == 0
-    assert not capsys.readouterr().err
+    assert "not kept" not in capsys.readouterr().err
     kept = json.loads((tmp_path / "uncertainty" / "corpus.json").read_text())
-    assert kept["workdir"] == str(folder / "whole.npz") and kept["results"]
-    assert "is no folder; make it first" in refused(
-        capsys, *argv, f"--out={tmp_path / 'no'}"
-    )
+    assert kept["workdir"] == str(file) and kept["results"]
+    assert results_folder(folder / "run", None) == folder / "run"
+    assert results_folder(file, None) is None
+    assert f"not kept, as {file} is a file" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is no folder; make it first"):
+        results_folder(file, str(tmp_path / "no"))
 
 
 def test_a_file_is_listed_and_verified(folder, capsys):
@@ -198,12 +232,6 @@ def test_mistakes_are_one_line(folder, capsys, argv, message):
     for name, place in places.items():
         argv = [word.replace(f"={name}", f"={place}") for word in argv]
     assert message in refused(capsys, *argv)
-
-
-def test_a_file_is_no_state(folder, tmp_path, capsys):
-    config = workdir.read_config(folder / "run")
-    with pytest.raises(c.UserError, match="is a file, which has no optimiser's state"):
-        train(config, str(tmp_path / "run"), str(folder / "whole.npz"))
 
 
 def rewritten(source, file, change):
@@ -279,7 +307,7 @@ def test_what_float16_cannot_hold(folder, tmp_path):
     found = packed.read(folder / "whole.npz")
     name = "embed/embedding"
     found.arrays[name][0, 0] = 7e4
-    with pytest.raises(c.UserError, match=f"{name} reaches 7e[+]04"):
+    with pytest.raises(UserError, match=f"{name} reaches 7e[+]04"):
         packed.write(tmp_path / "x.npz", found._replace(dtype="float16"))
 
 
@@ -306,13 +334,7 @@ def test_images(tmp_path, capsys, data):
         mesh=c.MeshConfig(data=1),
     )
     config = resolve_vision(config, image_shape=(8, 8, 1))
-    objective = build_objective(config)
-    shapes = jax.eval_shape(objective.init, jax.random.key(0))
-    optimizer = make_optimizer(config.optim, config.refine, shapes)
-    state = init_state(objective, optimizer, 0)
-    workdir.claim_workdir(path, config)
-    with Saver(path, config.checkpoint) as saver:
-        saver.save(1, state, 16, config, {"eval/psnr": 20.0}, wait=True)
+    save(path, config, psnr=20.0)
     pack(path, out)
     assert "eval/psnr         20.0000" in capsys.readouterr().out
     told = refused(capsys, "generate", f"--workdir={out}", "--prompt=a")
