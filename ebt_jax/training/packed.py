@@ -187,8 +187,9 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise UserError(f"there is no file {file}; mend the path")
     try:
-        with np.load(file, allow_pickle=False) as opened:
-            if isinstance(opened, np.lib.npyio.NpzFile):
+        opened = np.load(file, allow_pickle=False)
+        if isinstance(opened, np.lib.npyio.NpzFile):
+            with opened:
                 return dict(opened)
     except _UNREADABLE as error:
         told = (str(error) or type(error).__name__).splitlines()[0]
