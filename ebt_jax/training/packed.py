@@ -187,9 +187,10 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise UserError(f"there is no file {file}; mend the path")
     try:
-        opened = np.load(file, allow_pickle=False)
-        if isinstance(opened, np.lib.npyio.NpzFile):
-            with opened:
+        # A path that is no zip to its end would be left open by `np.load`.
+        with file.open("rb") as content:
+            opened = np.load(content, allow_pickle=False)
+            if isinstance(opened, np.lib.npyio.NpzFile):
                 return dict(opened)
     except _UNREADABLE as error:
         told = (str(error) or type(error).__name__).splitlines()[0]
