@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from ebt_jax.errors import StorageError, UserError
 from ebt_jax.refine import PyTree
-from ebt_jax.training import manifest
+from ebt_jax.training import manifest, packed
 from ebt_jax.training.config import Config
 from ebt_jax.training.monitor import say
 from ebt_jax.training.objective import build_objective
@@ -124,7 +124,15 @@ def check_step(path: Path, step: int) -> None:
 
 
 def pick_step(path: Path, step: int | None = None) -> int:
-    """`latest_step`, where there has to be one."""
+    """`latest_step`, where there has to be one; that of a model in a file."""
+    if path.is_file():
+        only = packed.read(path).step
+        if step not in (None, only):
+            raise UserError(
+                f"{path} holds the model of step {only} alone, not of {step}; leave "
+                "out the step"
+            )
+        return only
     found = latest_step(path, step)
     if found is None:
         raise UserError(f"{path} holds no checkpoint yet; train until one is saved")
@@ -151,8 +159,8 @@ def load_params(
     """The parameters of a checkpoint that is known to be good.
 
     Args:
-      path: the workdir.
-      step: of `latest_step`.
+      path: the workdir, or a file of `packed`.
+      step: of `pick_step`.
       config: says what the parameters have to look like.
       mesh: that they are put on, whole but for its axis `model`; None for the first
         device.
@@ -172,10 +180,13 @@ def read_params(path: Path, step: int, target: PyTree) -> PyTree:
     """Parameters of a checkpoint, or some of them.
 
     Args:
-      path: the workdir.
+      path: the workdir, or a file of `packed`.
       step: which checkpoint.
       target: shapes and shardings, of those wanted; what else there is is not read.
     """
+    if path.is_file():
+        arrays = packed.read(path).arrays
+        return nested({k: put(arrays[k], s) for k, s in named(target).items()})
     wanted = {"params": target}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(
@@ -215,6 +226,8 @@ def restore(path: Path, step: int, target: TrainState) -> Restored:
 
 def saved_shapes(path: Path, step: int) -> Shapes:
     """Names, such as `blocks/qkv/kernel`, and shapes of a checkpoint's parameters."""
+    if path.is_file():
+        return {name: a.shape for name, a in packed.read(path).arrays.items()}
     state = epath.Path(directory_of(path, step) / "state")
     return shapes_of(ocp.PyTreeCheckpointHandler().metadata(state).tree["params"])
 
@@ -272,6 +285,13 @@ def nested(leaves: dict[str, Any]) -> PyTree:
             place = place.setdefault(folder, {})
         place[last] = leaf
     return tree
+
+
+def put(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array where and as what a target says."""
+    sharding, cast = target.sharding, np.asarray(array, target.dtype)
+    assert isinstance(sharding, jax.sharding.Sharding)
+    return jax.make_array_from_callback(cast.shape, sharding, cast.__getitem__)
 
 
 def shapes_of(tree: PyTree) -> Shapes:

@@ -20,7 +20,7 @@ import numpy as np
 from ebt_jax import interop
 from ebt_jax.errors import UserError
 from ebt_jax.refine import PyTree
-from ebt_jax.training import checkpoint, workdir
+from ebt_jax.training import checkpoint, packed, workdir
 from ebt_jax.training.checkpoint import Restored, Shapes
 from ebt_jax.training.config import Config
 from ebt_jax.training.step import TrainState
@@ -62,13 +62,18 @@ def find_origin(config: Config, resume_from: str, params: PyTree) -> Origin | No
     """
     source = config.train.init_from
     if resume_from:
+        if Path(resume_from).expanduser().is_file():
+            raise UserError(
+                f"--resume_from={resume_from} is a file, which has no optimiser's "
+                f"state; name a workdir, or give --init_from={resume_from}"
+            )
         path, step = find_checkpoint("--resume_from", resume_from)
         workdir.check_origin(path, config)
         checkpoint.check_fit(path, step, params)
         return Origin(path, step, {}, True)
     if not source:
         return None
-    if Path(source).suffix in FILES:
+    if Path(source).suffix in FILES and not packed.holds_model(source):
         arrays = read_file(source, config)
         origin = Origin(Path(source), -1, arrays, False)
     else:
@@ -132,7 +137,9 @@ def warm_start(origin: Origin, config: Config, params: PyTree) -> PyTree:
         sharding = like.sharding if fits else _everywhere(like.sharding)
         targets[name] = jax.ShapeDtypeStruct(shape, like.dtype, sharding=sharding)
     if origin.arrays:
-        given = {name: _put(origin.arrays[name], s) for name, s in targets.items()}
+        given = {
+            name: checkpoint.put(origin.arrays[name], s) for name, s in targets.items()
+        }
     else:
         tree = checkpoint.read_params(
             origin.path, origin.step, checkpoint.nested(targets)
@@ -243,11 +250,6 @@ def _beside(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
 
 def _everywhere(sharding: Any) -> jax.sharding.Sharding:
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-
-
-def _put(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
-    cast = np.asarray(array, target.dtype)
-    return jax.make_array_from_callback(cast.shape, target.sharding, cast.__getitem__)
 
 
 def _merged(fresh: jax.Array, given: jax.Array, name: str) -> jax.Array:

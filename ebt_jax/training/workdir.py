@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 
 from ebt_jax.errors import UserError
+from ebt_jax.training import packed
 from ebt_jax.training.config import Config, differences, from_json, to_json
 from ebt_jax.training.resolve import resolve_like
 
@@ -162,11 +163,13 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def read_config(path: Path) -> Config:
-    """The config of a run.
+    """The config of a run, in its workdir or in a file of `packed`.
 
     Raises:
       UserError: if there is none, or it is not one of this version.
     """
+    if path.is_file() or path.suffix == packed.SUFFIX and not path.exists():
+        return packed.read(path).config
     file = path / "config.json"
     if not file.exists():
         raise UserError(
@@ -181,6 +184,9 @@ def read_config(path: Path) -> Config:
 
 def open_workdir(workdir: str | os.PathLike[str]) -> tuple[Path, Config]:
     """The absolute path and the config of a run that has been started.
+
+    Args:
+      workdir: of the run, or a trained model in a file, see `packed`.
 
     Raises:
       UserError: if it has not.

@@ -11,26 +11,35 @@ from ebt_jax.command import Flag, Verb
 from ebt_jax.errors import UserError
 from ebt_jax.verbs.common import CHECKPOINT, WORKDIR, required
 
+NAMES, DTYPES = ("ours", "published"), ("float32", "float16")
+
 
 def run(values: flags.FlagValues) -> int:
-    """Lists, verifies or exports the checkpoints of --workdir."""
+    """Lists, verifies, exports or packs the checkpoints of --workdir."""
     workdir = required(values, "workdir", "the folder of a run")
-    if values.word != "export" and (values.out or values.names):
-        raise UserError(f"--out and --names belong to export, not to {values.word}")
+    _check_flags(values)
 
-    if values.names not in (None, "ours", "published"):
-        raise UserError(f"--names is {values.names!r}, but has to be ours or published")
-
-    from ebt_jax.training import checkpoint
+    from ebt_jax.training import checkpoint, packed
     from ebt_jax.training.workdir import checkpoint_steps, open_workdir
 
     path, config = open_workdir(workdir)
-    if values.word == "export":
-        out = required(values, "out", "a file that ends with .safetensors or .npz")
+    if values.word in ("export", "pack"):
+        kinds = ".npz" if values.word == "pack" else ".safetensors or .npz"
+        out = required(values, "out", f"a file that ends with {kinds}")
 
-        from ebt_jax.training.export import export
+        from ebt_jax.training.export import export, pack
 
-        print(export(path, config, values.checkpoint, out, values.names or "ours"))
+        step = values.checkpoint
+        if values.word == "export":
+            print(export(path, config, step, out, values.names or "ours"))
+        else:
+            dtype, note = values.dtype or "float32", values.note or ""
+            print(pack(path, config, step, out, dtype, note))
+        return 0
+    if path.is_file():
+        step = checkpoint.pick_step(path, values.checkpoint)
+        described = packed.describe(packed.read(path), path.stat().st_size)
+        print(described if values.word == "list" else f"checkpoint {step}: verified")
         return 0
     steps = checkpoint_steps(path)
     if values.checkpoint is not None:
@@ -39,6 +48,28 @@ def run(values: flags.FlagValues) -> int:
     if not steps:
         raise UserError(f"{path} holds no checkpoint yet; train until one is saved")
     return _list(path, steps) if values.word == "list" else _verify(path, steps)
+
+
+def _check_flags(values: flags.FlagValues) -> None:
+    """Refuses flags of another word, and values that there are not."""
+    owners = {
+        "out": ("export", "pack"),
+        "names": ("export",),
+        "dtype": ("pack",),
+        "note": ("pack",),
+    }
+    for name, words in owners.items():
+        if values[name].value and values.word not in words:
+            raise UserError(
+                f"--{name} belongs to {' and '.join(words)}, not to {values.word}; "
+                "leave it out"
+            )
+    for name, known in (("names", NAMES), ("dtype", DTYPES)):
+        value = values[name].value
+        if value not in (None, *known):
+            raise UserError(
+                f"--{name} is {value!r}, but has to be {' or '.join(known)}"
+            )
 
 
 def _list(path: Path, steps: list[int]) -> int:
@@ -80,19 +111,24 @@ def _verify(path: Path, steps: list[int]) -> int:
 
 
 VERB = Verb(
-    summary="list, verify or export the checkpoints of a run",
+    summary="list, verify, export or pack the checkpoints of a run",
     details="list    step, time, size, held-out nll, and what is wrong if anything is\n"
     "verify  every file against the sums made when it was saved; exit code 1 and a\n"
     "        line for each damage\n"
     "export  parameters into one file, with our names (blocks/qkv/kernel) or those of\n"
-    "        the published PyTorch code",
+    "        the published PyTorch code\n"
+    "pack    a model into one .npz, with its config and its held-out numbers, which\n"
+    "        generate, evaluate and --init_from take in place of a workdir; --dtype=\n"
+    "        float16 halves it",
     example="ebt checkpoints export --workdir=runs/a --out=model.safetensors",
     call=run,
     flags=(
         WORKDIR,
         CHECKPOINT,
-        Flag("out", "file to be made: .safetensors or .npz"),
-        Flag("names", "of the parameters: ours or published; else ours"),
+        Flag("out", "file to be made: .npz, or where it is exported .safetensors"),
+        Flag("names", "export, of the parameters: ours or published; else ours"),
+        Flag("dtype", "pack, of the parameters: float32 or float16; else float32"),
+        Flag("note", "pack: a line on data and licence that the file keeps"),
     ),
-    words=("list", "verify", "export"),
+    words=("list", "verify", "export", "pack"),
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -20,8 +22,10 @@ COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
 POSITIVE = functools.partial(flags.DEFINE_integer, lower_bound=1)
 
 WORKDIR = Flag("workdir", "folder of the run")
+TRAINED = Flag("workdir", "folder of the run, or its model in a file, see checkpoints")
 CHECKPOINT = Flag("checkpoint", "step of a checkpoint; else the newest", None, INTEGER)
 NUM_STEPS = Flag("num_steps", "refinement steps; 0 for the trained number", 0, COUNT)
+RESULTS = Flag("out", "folder that results are kept in; else that of the run")
 TEXT_KEY = Flag("text_key", "field of a record with the text; else the config's")
 
 
@@ -39,6 +43,30 @@ def required(values: flags.FlagValues, name: str, what: str) -> Any:
     if not values[name].value:
         raise UserError(f"--{name} is missing; give it {what}")
     return values[name].value
+
+
+def results_folder(path: Path, out: str | None) -> Path | None:
+    """Where an evaluation keeps what it writes: --out, else the workdir.
+
+    Args:
+      path: of the workdir, or of a model in a file, which takes nothing in.
+      out: of --out.
+
+    Returns:
+      None for nowhere, which is told.
+
+    Raises:
+      UserError: if --out is no folder.
+    """
+    if out is not None:
+        folder = Path(out).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"--out is {out!r}, but that is no folder; make it first")
+        return folder
+    if not path.is_file():
+        return path
+    print(f"not kept, as {path} is a file: give --out=FOLDER", file=sys.stderr)
+    return None
 
 
 def changed(data: DataConfig, **changes: str | None) -> DataConfig:

@@ -13,8 +13,9 @@ from ebt_jax.verbs import evaluate_judgement, evaluate_tasks, evaluate_vision
 from ebt_jax.verbs.common import (
     CHECKPOINT,
     COUNT,
+    RESULTS,
     TEXT_KEY,
-    WORKDIR,
+    TRAINED,
     changed,
     required,
     results_table,
@@ -41,6 +42,7 @@ def run(values: flags.FlagValues) -> None:
 
     from ebt_jax.data import pipeline
     from ebt_jax.evaluation.metrics import evaluate
+    from ebt_jax.training import packed
     from ebt_jax.training.monitor import finite
     from ebt_jax.training.workdir import open_workdir
 
@@ -49,6 +51,8 @@ def run(values: flags.FlagValues) -> None:
         return evaluate_vision.run(values, path, config, thinking)
     evaluate_vision.check_space(values, "text")
     check_thinks(values.think, thinking, config)
+    if values.data is None:
+        packed.check_data(path, "give the text to score with --data")
     trained = open_trained(path, config, values.mesh, values.checkpoint)
     if values.ensemble is not None:
         trained = _ensemble(values, trained)
@@ -131,11 +135,12 @@ VERB = Verb(
     example="ebt evaluate --workdir=runs/a --think=fixed:steps=4",
     call=run,
     flags=(
-        WORKDIR,
+        TRAINED,
         Flag(
             "data",
             "what to score, as in data.path, or where tasks are; else held-out text",
         ),
+        RESULTS,
         TEXT_KEY,
         Flag("packing", "concat, first_fit or document; else the config's"),
         THINK,
@@ -145,7 +150,7 @@ VERB = Verb(
         Flag("sequences", "how many to score; 0 for all", 0, COUNT),
         Flag(
             "ensemble",
-            "folders of other runs of text: their mean with this is scored",
+            "other runs of text, or models: their mean with this is scored",
             None,
             flags.DEFINE_list,
         ),

@@ -16,7 +16,7 @@ from absl import flags
 
 from ebt_jax.command import Flag
 from ebt_jax.errors import UserError
-from ebt_jax.verbs.common import POSITIVE, plain
+from ebt_jax.verbs.common import POSITIVE, plain, results_folder
 
 if TYPE_CHECKING:
     from ebt_jax.thinking import Thinking
@@ -80,10 +80,13 @@ def run(
     numbers: dict[str, float] = {}
     tables = []
     about = {**about, "think": values.think}
+    folder = None
+    if values.uncertainty or values.verification:
+        folder = results_folder(trained.path, values.out)
     if values.uncertainty:
         judged, curves, table = _uncertainty(trained, batches, thinking)
         content = {**about, "results": judged, "curves": curves}
-        keep(trained.path, "uncertainty", values.data, content)
+        keep(folder, "uncertainty", values.data, content)
         numbers |= {f"uncertainty/{name}": value for name, value in judged.items()}
         tables.append(table)
     if values.verification:
@@ -91,19 +94,19 @@ def run(
         size = values.batch_size or trained.config.eval.batch_size
         verified, table = _verification(trained, batches, times, size, thinking)
         content = {**about, "results": verified}
-        keep(trained.path, "verification", values.data, content)
+        keep(folder, "verification", values.data, content)
         numbers |= {f"verification/{name}": value for name, value in verified.items()}
         tables.append(table)
     return numbers, tables
 
 
 def keep(
-    workdir: Path, folder: str, data: str | None, content: Mapping[str, Any]
-) -> Path:
-    """Writes results to `WORKDIR/FOLDER/NAME.json`, in place of older ones.
+    place: Path | None, folder: str, data: str | None, content: Mapping[str, Any]
+) -> None:
+    """Writes results to `PLACE/FOLDER/NAME.json`, in place of older ones.
 
     Args:
-      workdir: of the run.
+      place: of `results_folder`; None to write nothing.
       folder: of results of one kind.
       data: what was scored, as in --data; None for what the run has held out.
       content: of the file; numbers that are not finite become null.
@@ -114,12 +117,13 @@ def keep(
     from ebt_jax.training.workdir import replace_text
     from ebt_jax.training.writers import storage_explained
 
-    file = workdir / folder / f"{data_name(data)}.json"
+    if place is None:
+        return
+    file = place / folder / f"{data_name(data)}.json"
     text = json.dumps(plain(dict(content)), indent=1, allow_nan=False) + "\n"
     with storage_explained():
         file.parent.mkdir(exist_ok=True)
         replace_text(file, text)
-    return file
 
 
 def data_name(data: str | None) -> str:

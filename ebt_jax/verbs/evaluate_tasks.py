@@ -11,7 +11,7 @@ from absl import flags
 
 from ebt_jax.command import Flag, suggest
 from ebt_jax.errors import UserError
-from ebt_jax.verbs.common import COUNT, plain, required
+from ebt_jax.verbs.common import COUNT, plain, required, results_folder
 from ebt_jax.verbs.model import open_trained
 from ebt_jax.verbs.thinking import check_thinks, parse_thinking
 
@@ -70,8 +70,10 @@ def run(values: flags.FlagValues) -> None:
         batch_size=values.batch_size or config.eval.batch_size,
         seed=config.eval.seed,
     )
-    with storage_explained():
-        (path / "tasks").mkdir(exist_ok=True)
+    place = results_folder(path, values.out)
+    if place is not None:
+        with storage_explained():
+            (place / "tasks").mkdir(exist_ok=True)
     about = {"workdir": str(path), "checkpoint": trained.step}
     results = {}
     for name, (task, sources) in chosen.items():
@@ -86,7 +88,8 @@ def run(values: flags.FlagValues) -> None:
         )
         if values.json:
             print(about_result(name, results[name]), file=sys.stderr)
-        _write(path / "tasks" / f"{name}.json", about, values, results[name])
+        if place is not None:
+            _write(place / "tasks" / f"{name}.json", about, values, results[name])
     if values.json:
         numbers = {name: _summary(result) for name, result in results.items()}
         print(json.dumps(about | {"tasks": plain(numbers)}, allow_nan=False))

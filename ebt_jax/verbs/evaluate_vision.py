@@ -14,7 +14,7 @@ from absl import flags
 from ebt_jax.command import Flag
 from ebt_jax.errors import UserError
 from ebt_jax.verbs import evaluate_judgement
-from ebt_jax.verbs.common import COUNT, plain, results_table
+from ebt_jax.verbs.common import COUNT, plain, results_folder, results_table
 from ebt_jax.verbs.model import Spread, load_resolved, parse_mesh
 from ebt_jax.verbs.thinking import check_thinks
 
@@ -62,7 +62,7 @@ def run(
 ) -> None:
     """Scores pictures or clips with a checkpoint and prints the results.
 
-    They are kept in the workdir, too, for `ebt report`.
+    They are kept in a folder, too, for `ebt report`.
 
     Args:
       values: of the flags.
@@ -74,11 +74,14 @@ def run(
     from ebt_jax.evaluation.metrics import evaluate
     from ebt_jax.evaluation.vision import parts
     from ebt_jax.evaluation.vision.features import extractor
+    from ebt_jax.training import packed
 
     space, data = config.model.space, config.data
     check_space(values, space)
     check_thinks(values.think, thinking, config)
     _check_images(values, config)
+    packed.check_data(path, "evaluate the workdir that it was packed from")
+    place = results_folder(path, values.out)
     known = None
     if values.data is not None:
         # It is read in place of the held-out part, and encoded as in training.
@@ -131,7 +134,7 @@ def run(
     }
     numbers = about | results | {part.name: part.numbers for part in made}
     content = numbers | {"think": values.think}
-    evaluate_judgement.keep(path, "vision", values.data, content)
+    evaluate_judgement.keep(place, "vision", values.data, content)
     if values.json:
         print(json.dumps(plain(numbers), allow_nan=False))
     else:

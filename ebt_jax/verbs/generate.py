@@ -17,7 +17,7 @@ from ebt_jax.verbs.common import (
     FLOAT,
     INTEGER,
     POSITIVE,
-    WORKDIR,
+    TRAINED,
     required,
 )
 from ebt_jax.verbs.model import MESH, open_trained
@@ -137,7 +137,7 @@ VERB = Verb(
     example="ebt generate --workdir=runs/a --prompt='The statement' --new=300",
     call=run,
     flags=(
-        WORKDIR,
+        TRAINED,
         Flag(
             "prompt",
             "text to continue; repeat it for several",

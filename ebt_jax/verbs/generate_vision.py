@@ -35,6 +35,8 @@ def run(
       config: of the run, resolved.
       thinking: of --think.
     """
+    from ebt_jax.training import packed
+
     video = config.model.space == "video"
     for name in _OF_TEXT:
         if values[name].value:
@@ -43,6 +45,8 @@ def run(
                 "it out"
             )
     kind = ".gif" if video else ".png"
+    if values.out is None and path.is_file():
+        raise UserError(f"--out is missing; {path} is a file: name a {kind} to write")
     out = path / f"generated{kind}" if values.out is None else Path(values.out)
     if out.suffix != kind:
         raise UserError(f"--out is {str(out)!r}, but this writes a {kind} file")
@@ -55,6 +59,7 @@ def run(
         )
     if not video and not values.prompt:
         raise UserError("--prompt is missing; give a caption to draw, once or more")
+    packed.check_data(path, "generate with the workdir that it was packed from")
     config = dataclasses.replace(config, mesh=parse_mesh(values.mesh))
     loaded = load_resolved(path, config, values.checkpoint)
     (_continue if video else _draw)(values, config, loaded, thinking, out)

@@ -82,7 +82,7 @@ def test_verify_names_every_damage_and_exits_with_one(path, capsys):
         (["list"], "--workdir is missing"),
         (
             ["list", "--workdir=DIR", "--out=x.npz"],
-            "--out and --names belong to export",
+            "--out belongs to export and pack, not to list",
         ),
         (
             ["list", "--workdir=DIR", "--checkpoint=3"],
@@ -94,7 +94,7 @@ def test_verify_names_every_damage_and_exits_with_one(path, capsys):
         (["export", "--workdir=DIR", "--out=x.txt"], "has to end with .safetensors or"),
         (["export", "--workdir=DIR", "--out=DIR/no/x.npz"], "is not a directory"),
         (["export", "--workdir=DIR", "--out=DIR/x.npz", "--names=my"], "ours or publ"),
-        (["copy", "--workdir=DIR"], "one of list, verify, export"),
+        (["copy", "--workdir=DIR"], "one of list, verify, export, pack"),
     ],
 )
 def test_mistakes_are_one_line(path, toy, tmp_path, capsys, flags, message):
