@@ -6,7 +6,14 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+    ScalarFormatter,
+)
 
 from ebt_jax.evaluation.plots import new_figure, save_figure
 from ebt_jax.evaluation.scaling.compare import Comparison, Method
@@ -15,6 +22,8 @@ from ebt_jax.evaluation.scaling.draws import band
 # Told apart also by who does not see red and green (Okabe and Ito, 2008).
 COLOURS = ("#333333", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vP*"
+SHORT = 30.0  # largest over least y, below which powers of ten are too few ticks
+MOST_TICKS = 8
 BEYOND = 1.6  # times the ends of x, to which laws are drawn
 
 
@@ -40,11 +49,15 @@ def plot_laws(comparison: Comparison, path: Path) -> Path:
     low, high = losses.min(), losses.max()
     margin = (high / low) ** 0.12
     axes.set_ylim(low / margin, high * margin)
-    for axis, ends in ((axes.yaxis, (low, high)), (axes.xaxis, axes.get_xlim())):
-        if ends[1] / ends[0] < 30:  # too short for powers of ten
-            axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-            axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(NullFormatter())
+    if high / low < SHORT:
+        axes.yaxis.set_major_locator(LogLocator(subs=tuple(np.arange(1.0, 10.0, 0.5))))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    places = np.unique(np.concatenate([m.found.points.x for m in comparison.methods]))
+    if len(places) <= MOST_TICKS:  # runs are at these x; there is nothing between
+        axes.xaxis.set_major_locator(FixedLocator(places.tolist()))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(collected.x_label)
     axes.set_ylabel(collected.y_label)
     axes.legend(frameon=False, fontsize="small")
