@@ -98,12 +98,12 @@ def test_the_docstring_has_every_word_and_a_glob_for_every_axis():
 
 
 def test_the_way_from_runs_to_laws(tmp_path, capsys):
-    """Four trainings of one to three updates, then `ebt fit` on their folders."""
+    """Trainings of one, two and three updates, then `ebt fit` on their folders."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("Energy falls until the answer no longer changes. " * 40)
-    for steps, seed in ((1, 0), (2, 0), (3, 0), (3, 1)):
+    for steps in (1, 2, 3):
         point = NAMES["Point"](layers=1, width=8, batch=8, steps=steps)
-        run = NAMES["run"]("transformer_pp", point, seed, tiny=True) | SMALLEST
+        run = NAMES["run"]("transformer_pp", point, 0, tiny=True) | SMALLEST
         run["workdir"] = str(tmp_path / run["workdir"])
         run["config.data.path"] = str(corpus)
         argv = ["train", *(f"--{name}={value}" for name, value in run.items())]
@@ -113,7 +113,7 @@ def test_the_way_from_runs_to_laws(tmp_path, capsys):
     assert cli.run(["fit", runs, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["baseline"] == "transformer_pp"
-    assert [point["x"] for point in found["points"]] == [128, 256, 384, 384]
+    assert [point["x"] for point in found["points"]] == [128, 256, 384]
     summary = next((tmp_path / "runs").rglob("l1-w8-b8-s1-0/summary.json"))
     assert found["points"][0]["y"] == json.loads(summary.read_text())["eval/nll"]
     x, y = (np.log([point[of] for point in found["points"]]) for of in ("x", "y"))

@@ -10,7 +10,7 @@ finishes with exact derivatives.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from scipy import optimize
@@ -256,7 +256,7 @@ def _polished(
     found = optimize.least_squares(
         residuals,
         np.maximum(start, [tiny, tiny, 1e-9]),
-        jacobian,
+        cast(Any, jacobian),  # its stub knows of names alone
         bounds=([0.0, 0.0, 0.0], np.inf),
         loss="huber",
         f_scale=delta,

@@ -56,8 +56,10 @@ def plot_laws(comparison: Comparison, path: Path) -> Path:
     places = np.unique(np.concatenate([m.found.points.x for m in comparison.methods]))
     if len(places) <= MOST_TICKS:  # runs are at these x; there is nothing between
         axes.xaxis.set_major_locator(FixedLocator(places.tolist()))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(collected.x_label)
     axes.set_ylabel(collected.y_label)
     axes.legend(frameon=False, fontsize="small")
