@@ -16,7 +16,11 @@ from ebt_jax.training import checkpoint
 from ebt_jax.training.config import differences, from_config_dict
 from ebt_jax.training.presets import KEYS
 
-FILES = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
+FILES = [  # those that have configs of their own
+    path
+    for path in sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*"))
+    if path.suffix == ".py" and "def get_config(" in path.read_text()
+]
 TEXT = next(path for path in FILES if path.stem == "text")
 QUICK = (
     "--steps=2",

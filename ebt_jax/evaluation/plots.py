@@ -38,7 +38,7 @@ def learning_curve(workdir: str | Path) -> Path:
     if not len(held_out):
         held_out = _series(workdir, "eval/smooth_l1")
         measure = unit = "smooth L1" if len(held_out) else measure
-    figure, axes = _figure("Learning curve")
+    figure, axes = new_figure("Learning curve")
     if len(train):
         axes.plot(*train.T, color=TRAIN, linewidth=1, label="training loss")
     if len(held_out):
@@ -49,7 +49,7 @@ def learning_curve(workdir: str | Path) -> Path:
     axes.set_ylabel(unit)
     if axes.lines:
         axes.legend(frameon=False)
-    return _save(figure, Path(workdir) / "learning_curve.png")
+    return save_figure(figure, Path(workdir) / "learning_curve.png")
 
 
 def thinking_curve(
@@ -69,13 +69,13 @@ def thinking_curve(
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure("Thinking curve")
+    figure, axes = new_figure("Thinking curve")
     steps = range(1, len(per_step) + 1)
     axes.plot(steps, per_step, color=HELD_OUT, marker="o", markersize=4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("refinement step")
     axes.set_ylabel(label)
-    return _save(figure, Path(workdir) / "thinking_curve.png")
+    return save_figure(figure, Path(workdir) / "thinking_curve.png")
 
 
 def _series(workdir: str | Path, name: str) -> np.ndarray:
@@ -89,7 +89,8 @@ def _series(workdir: str | Path, name: str) -> np.ndarray:
     return np.array(points, float).reshape(-1, 2)
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
+def new_figure(title: str) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes in the style of all plots."""
     from matplotlib.figure import Figure
 
     # `Figure` instead of pyplot: no global state, and no display is looked for.
@@ -112,6 +113,7 @@ def _frame(axes: Axes, losses: np.ndarray) -> None:
     axes.set_ylim(low - margin, high + margin)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a figure as PNG."""
     figure.savefig(path, dpi=150)
     return path

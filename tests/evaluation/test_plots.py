@@ -24,7 +24,7 @@ def test_learning_curve_reads_the_metrics(tmp_path, monkeypatch):
     write_metrics(tmp_path, rows)
     figures = []
     monkeypatch.setattr(
-        plots, "_save", lambda figure, path: (figures.append(figure), path)[1]
+        plots, "save_figure", lambda figure, path: (figures.append(figure), path)[1]
     )
     plots.learning_curve(tmp_path)
     (axes,) = figures[0].axes

@@ -1,0 +1,1 @@
+"""Scaling laws: points from finished runs, fits with intervals, tables, plots."""
