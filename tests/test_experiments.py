@@ -34,7 +34,7 @@ QUICKER = (
     "--config.log.plots=False",
     "--config.log.tensorboard=False",
 )
-METHODS = ("s1", "s2", "anchored", "transformer_pp")
+METHODS = ("s1", "s2", "anchored", "final", "light", "transformer_pp")
 
 
 def text(words: str):
@@ -61,7 +61,10 @@ def test_methods_combine_with_settings_and_sizes(method, setting):
         config = text(f"{method},{setting},size={size}")
         assert config.model.size == size
         assert config.model.kind == (method if method == "transformer_pp" else "ebt")
-        assert (config.model.candidate_input == "anchored") == (method == "anchored")
+        inputs = {"anchored": "anchored", "final": "final", "light": "final"}
+        given = inputs[method] if method in inputs else "embedding"
+        assert config.model.candidate_input == given
+        assert (config.model.candidate_layers == 1) == (method == "light")
 
 
 def test_published_settings():

@@ -6,9 +6,11 @@ import runpy
 from pathlib import Path
 
 import pytest
+import rounds
 
 from ebt_jax import cli
 from ebt_jax.errors import UserError
+from ebt_jax.training.config import from_config_dict
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -62,7 +64,19 @@ def test_as_many_weights_deeper_and_wider():
     assert shape(deep) == (8, 176) and shape(wide) == (2, 360)
 
 
-@pytest.mark.parametrize("name", ["recipe", "small_data"])
+@pytest.mark.parametrize("name", ["recipe", "small_data", "thinking"])
+def test_every_run_is_one_that_ebt_understands(name, monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    words = ["data=DATA"] if name == "thinking" else []
+    runs = experiment(name)["sweep"](*words)
+    found = rounds.select(runs, {"config.data.path": "a.txt"}, "")
+    assert len(found) == len(runs)
+    for run in found:
+        if run.verb == "train":
+            from_config_dict(rounds.parsed(run).config)
+
+
+@pytest.mark.parametrize("name", ["recipe", "small_data", "thinking"])
 def test_unknown_words_are_refused(name):
     with pytest.raises(UserError, match="word 'siez=4xs' is unknown; known are into="):
         experiment(name)["sweep"]("siez=4xs")
