@@ -9,6 +9,7 @@ from absl import flags
 
 from ebt_jax.command import Flag, Verb
 from ebt_jax.errors import UserError
+from ebt_jax.verbs.common import plain
 
 
 def run(values: flags.FlagValues) -> None:
@@ -29,7 +30,7 @@ def run(values: flags.FlagValues) -> None:
     else:
         collected = collect.from_runs(values.runs, values.x, values.y, values.by or ())
     found = compare.compare(collected, values.baseline)
-    as_json = json.dumps(compare.as_json(found), allow_nan=False)
+    as_json = json.dumps(plain(compare.as_json(found)), allow_nan=False)
     if values.out:
         folder = Path(values.out)
         try:
