@@ -14,10 +14,11 @@ from ebt_jax.verbs.common import plain
 
 def run(values: flags.FlagValues) -> None:
     """Fits laws to --runs or --csv and prints what they say."""
-    if bool(values.runs) == bool(values.csv):
+    patterns = [p.strip() for p in (values.runs or "").split(",") if p.strip()]
+    if bool(patterns) == bool(values.csv):
         raise UserError(
             "--runs (folders of runs, or a glob of them) or --csv (a table) is needed, "
-            f"{'not both' if values.runs else 'but neither is given'}"
+            f"{'not both' if patterns else 'but neither is given'}"
         )
     for name, value in (("y", values.y), ("by", values.by)):
         if values.csv and value:
@@ -28,7 +29,7 @@ def run(values: flags.FlagValues) -> None:
     if values.csv:
         collected = collect.from_table(values.csv)
     else:
-        collected = collect.from_runs(values.runs, values.x, values.y, values.by or ())
+        collected = collect.from_runs(patterns, values.x, values.y, values.by or ())
     found = compare.compare(collected, values.baseline)
     as_json = json.dumps(plain(compare.as_json(found)), allow_nan=False)
     if values.out:
