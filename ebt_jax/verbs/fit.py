@@ -65,9 +65,8 @@ VERB = Verb(
     example="ebt fit --runs='runs/scaling/*/l2-w64-b16-*' --x=tokens --out=fits/data",
     call=run,
     flags=(
-        Flag(
-            "runs", "folders of runs, or globs, commas between", [], flags.DEFINE_list
-        ),
+        # No list flag of absl's: that takes no line breaks, which long ones want.
+        Flag("runs", "folders of runs, or globs, commas between"),
         Flag("csv", "in place of --runs, a table with columns group,x,y,seed"),
         Flag("x", "what losses are put against", "tokens"),
         Flag("y", "a number of summary.json; else the held-out loss"),
