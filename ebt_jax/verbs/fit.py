@@ -9,14 +9,16 @@ from absl import flags
 
 from ebt_jax.command import Flag, Verb
 from ebt_jax.errors import UserError
+from ebt_jax.verbs.common import plain
 
 
 def run(values: flags.FlagValues) -> None:
     """Fits laws to --runs or --csv and prints what they say."""
-    if bool(values.runs) == bool(values.csv):
+    patterns = [p.strip() for p in (values.runs or "").split(",") if p.strip()]
+    if bool(patterns) == bool(values.csv):
         raise UserError(
             "--runs (folders of runs, or a glob of them) or --csv (a table) is needed, "
-            f"{'not both' if values.runs else 'but neither is given'}"
+            f"{'not both' if patterns else 'but neither is given'}"
         )
     for name, value in (("y", values.y), ("by", values.by)):
         if values.csv and value:
@@ -27,9 +29,9 @@ def run(values: flags.FlagValues) -> None:
     if values.csv:
         collected = collect.from_table(values.csv)
     else:
-        collected = collect.from_runs(values.runs, values.x, values.y, values.by or ())
+        collected = collect.from_runs(patterns, values.x, values.y, values.by or ())
     found = compare.compare(collected, values.baseline)
-    as_json = json.dumps(compare.as_json(found), allow_nan=False)
+    as_json = json.dumps(plain(compare.as_json(found)), allow_nan=False)
     if values.out:
         folder = Path(values.out)
         try:
@@ -63,9 +65,8 @@ VERB = Verb(
     example="ebt fit --runs='runs/scaling/*/l2-w64-b16-*' --x=tokens --out=fits/data",
     call=run,
     flags=(
-        Flag(
-            "runs", "folders of runs, or globs, commas between", [], flags.DEFINE_list
-        ),
+        # No list flag of absl's: that takes no line breaks, which long ones want.
+        Flag("runs", "folders of runs, or globs, commas between"),
         Flag("csv", "in place of --runs, a table with columns group,x,y,seed"),
         Flag("x", "what losses are put against", "tokens"),
         Flag("y", "a number of summary.json; else the held-out loss"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ebt_jax.command import suggest
 from ebt_jax.errors import UserError
 from ebt_jax.evaluation.scaling.collect import BASELINES, Collected, by_group
 from ebt_jax.evaluation.scaling.draws import BEYOND, Drawn, crossing, redraw
@@ -100,9 +100,10 @@ def compare(collected: Collected, baseline: str | None, seed: int = 0) -> Compar
     """
     groups = by_group(collected.points)
     if baseline is not None and baseline not in groups:
+        close = difflib.get_close_matches(baseline, groups, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
-            f"--baseline={baseline!r} is no group{suggest(baseline, groups) or ';'} "
-            f"There are: {', '.join(groups)}"
+            f"--baseline={baseline!r} is no group; {hint}There are: {', '.join(groups)}"
         )
     first = baseline or collected.baseline or _likely(groups)
     order = [first, *(name for name in groups if name != first)]
@@ -130,9 +131,7 @@ def compare(collected: Collected, baseline: str | None, seed: int = 0) -> Compar
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything that was found, for a file; None in place of what is not finite."""
-    from ebt_jax.verbs.common import plain
-
+    """Everything that was found, for a file; not all of it is finite."""
     collected = comparison.collected
     methods = {
         method.name: {
@@ -159,18 +158,16 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         }
         for rival in comparison.rivals
     }
-    return plain(
-        {
-            "x": collected.x_label,
-            "y": collected.y_label,
-            "law": "y = floor + coefficient x^-exponent",
-            "baseline": comparison.methods[0].name,
-            "methods": methods,
-            "against_baseline": rivals,
-            "notes": comparison.notes,
-            "points": [point._asdict() for point in collected.points],
-        }
-    )
+    return {
+        "x": collected.x_label,
+        "y": collected.y_label,
+        "law": "y = floor + coefficient x^-exponent",
+        "baseline": comparison.methods[0].name,
+        "methods": methods,
+        "against_baseline": rivals,
+        "notes": comparison.notes,
+        "points": [point._asdict() for point in collected.points],
+    }
 
 
 def _likely(groups: Mapping[str, Any]) -> str:

@@ -38,8 +38,8 @@ from ebt_jax.evaluation.scaling.laws import (
 )
 
 CONFIDENCE = 0.95
-# Of F. At 0.95 intervals held the exponent in 91.7 to 96.7 of 100 draws where there was
-# a floor (tests/fit_coverage.py, `--level=0.95`); this makes it 95 or more in all.
+# Of F. At 0.97 intervals held the exponent in 94 to 98 of 100 curves, by the setting of
+# tests/fit_coverage.py; at this in 95 or more in each.
 LEVEL = 0.98
 MISFIT = 0.05  # chance of a law that holds to be called a misfit
 GRIDS = (65, 17, 17)  # points on which an end is looked for, each within the last
