@@ -21,10 +21,10 @@ a part of it; a word of each kind, or several, joined by commas:
 All runs are `experiments/text.py:fidelity,METHOD` with other sizes, such as
 
     ebt train --config=experiments/text.py:fidelity,s1 --config.model.dim=64
-        --workdir=runs/scaling/s1/l2-w64-b16-s500-0 ...
+        --workdir=runs/scaling/s1/l2-w64-b8-s500-0 ...
 
 whose folder has layers, width, sequences in a batch, updates and seed. In the middle of
-each axis but that of parameters are 2 layers of width 64, 16 x 128 bytes and 500
+each axis but that of parameters are 2 layers of width 64, 8 x 128 bytes and 500
 updates. Each run has a schedule of its own length, with twice the learning rate that
 was published for 4xs, better for all methods in runs this short
 (experiments/recipe.py), and is scored once, at its end, on 512 held-out sequences.
@@ -32,17 +32,17 @@ was published for 4xs, better for all methods in runs this short
 What comes out, one command for each axis:
 
     ebt fit --x=tokens --out=fits/data
-        --runs='runs/scaling/*/l2-w64-b16-s*'
+        --runs='runs/scaling/*/l2-w64-b8-s*'
     ebt fit --x=batch --out=fits/batch
         --runs='runs/scaling/*/l2-w64-b*-s500-*'
     ebt fit --x=layers --out=fits/depth
-        --runs='runs/scaling/*/l*-w64-b16-s500-*'
+        --runs='runs/scaling/*/l*-w64-b8-s500-*'
     ebt fit --x=width --out=fits/width
-        --runs='runs/scaling/*/l2-w*-b16-s500-*'
+        --runs='runs/scaling/*/l2-w*-b8-s500-*'
     ebt fit --x=parameters --out=fits/parameters
-        --runs='runs/scaling/*/l1-w32-b16-s500-*,runs/scaling/*/l2-w48-b16-s500-*,
-        runs/scaling/*/l2-w64-b16-s500-*,runs/scaling/*/l3-w96-b16-s500-*,
-        runs/scaling/*/l4-w128-b16-s500-*'
+        --runs='runs/scaling/*/l1-w32-b8-s500-*,runs/scaling/*/l2-w48-b8-s500-*,
+        runs/scaling/*/l2-w64-b8-s500-*,runs/scaling/*/l3-w96-b8-s500-*,
+        runs/scaling/*/l4-w128-b8-s500-*'
 
 and with `--x=flops` or `--x=seconds` the last, or the first, against cost. Seconds can
 be compared only where each run had the machine, or its core, to itself.
@@ -76,13 +76,13 @@ class Point(NamedTuple):
 
     layers: int = 2
     width: int = 64
-    batch: int = 16
+    batch: int = 8
     steps: int = 500
 
 
 AXES = {
     "data": tuple(Point(steps=n) for n in (125, 250, 500, 1000, 2000)),
-    "batch": tuple(Point(batch=n) for n in (4, 8, 16, 32, 64)),
+    "batch": tuple(Point(batch=n) for n in (2, 4, 8, 16, 32)),
     "depth": tuple(Point(layers=n) for n in (1, 2, 3, 4, 6)),
     "width": tuple(Point(width=n) for n in (32, 48, 64, 96, 128)),
     "parameters": tuple(

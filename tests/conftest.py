@@ -1,8 +1,16 @@
-"""All tests run on eight simulated CPU devices, in float32, without a network."""
+"""All tests run on eight simulated CPU devices, in float32, without a network.
 
-import jax
-import pytest
-from absl import logging
+Programs are compiled without optimisation, here and in the processes that tests start:
+nearly all of the time of these tests goes into compiling programs that run once.
+"""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax  # noqa: E402  # reads its environment
+import pytest  # noqa: E402
+from absl import logging  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
