@@ -6,12 +6,12 @@ nearly all of the time of these tests goes into compiling programs that run once
 
 import os
 
+import jax
+import pytest
+from absl import logging
+
+# Read when the first device is asked for.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
-import jax  # noqa: E402  # reads its environment
-import pytest  # noqa: E402
-from absl import logging  # noqa: E402
-
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
