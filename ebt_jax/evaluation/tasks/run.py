@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ebt_jax.data.tokenizers import Tokenizer
 from ebt_jax.errors import UserError
+from ebt_jax.evaluation.intervals import wilson
 from ebt_jax.evaluation.tasks import answers
 from ebt_jax.evaluation.tasks.catalogue import Task
 from ebt_jax.evaluation.tasks.items import Item, Items, read_items, read_text
@@ -22,6 +23,7 @@ from ebt_jax.evaluation.tasks.likelihood import (
     add,
     score_rows,
 )
+from ebt_jax.evaluation.tasks.made import make_items, token_kinds
 from ebt_jax.evaluation.tasks.rows import (
     Pair,
     Row,
@@ -70,7 +72,9 @@ class Result(NamedTuple):
         tokens of prompts and right answers but the first of each, and with `answer_`
         over those of the answers alone; of a refinement also `nll/step_i`, where it is
         nothing but a number of steps, and `energy_gradients`, evaluations of an energy
-        and its gradient for each token. Accuracies are shares of the items.
+        and its gradient for each token. Accuracies are shares of the items,
+        `token_accuracy` is of the tokens of right answers, each after what is right;
+        both may have `/step_i`, too. `kind/NAME/...` are means over tokens of a kind.
       items: of each item its id and scores; sums over tokens, in nats.
     """
 
@@ -104,9 +108,14 @@ def run_task(
     Raises:
       UserError: for a file that cannot be read, or without anything to score.
     """
-    if task.parse is None:
+    if task.made:
+        found = make_items(sources[0], limit)
+    elif task.parse is None:
         return _run_text(name, sources, examinee, limit, progress)
-    found = read_items(sources, task.parse, nested=task.nested, limit=limit, warn=warn)
+    else:
+        found = read_items(
+            sources, task.parse, nested=task.nested, limit=limit, warn=warn
+        )
     pairs = [
         [
             encode_pair(examinee.tokenizer, item.prompt, answer)
@@ -114,7 +123,15 @@ def run_task(
         ]
         for item in found.items
     ]
-    scores = _scores_of_pairs(name, task, found.items, pairs, examinee, progress)
+    kinds = sorted({kind for item in found.items for kind in item.kinds if kind})
+    if kinds:
+        pairs = [
+            [_told_apart(item, each[0], kinds, examinee.tokenizer)]
+            for item, each in zip(found.items, pairs, strict=True)
+        ]
+    scores = _scores_of_pairs(
+        name, task, found.items, pairs, len(kinds), examinee, progress
+    )
     right = [_right(item) for item in found.items]
     gold = [each[place] for each, place in zip(scores, right, strict=True)]
     rows = [_item_row(i, s) for i, s in zip(found.items, gold, strict=True)]
@@ -122,7 +139,10 @@ def run_task(
     _mark_choices(found.items, scores, rows, examinee.energy is not None)
     if task.last_word:
         for row, score in zip(rows, gold, strict=True):
-            row["accuracy"] = float(score.wrong == 0)
+            row["accuracy"] = float(score.wrong[-1] == 0)
+            row["token_accuracy"] = 1 - float(score.wrong[-1]) / score.answer_tokens
+        numbers |= _accuracies(gold)
+    numbers |= _of_kinds(kinds, gold)
     counts = _counts(found, pairs, right, examinee.context)
     if task.speaking is not None:
         own = [each[0] for each in pairs]
@@ -163,6 +183,7 @@ def _scores_of_pairs(
     task: Task,
     items: Sequence[Item],
     pairs: Sequence[Sequence[Pair]],
+    kinds: int,
     examinee: Examinee,
     progress: bool,
 ) -> list[list[Scores]]:
@@ -180,6 +201,7 @@ def _scores_of_pairs(
         examinee.thinking,
         examinee.energy if wants_energy else None,
         task.last_word,
+        kinds,
     )
     scored = _score(name, scorer, rows, examinee, progress)
     sums = iter([add(scored[start:stop]) for start, stop in spans])
@@ -306,22 +328,65 @@ def _likelihood(scores: Sequence[Scores]) -> dict[str, float]:
     return numbers
 
 
+def _accuracies(scores: Sequence[Scores]) -> dict[str, float]:
+    """Shares after each step: of items all right, and of tokens given what is right."""
+    wrong = np.stack([score.wrong for score in scores])
+    tokens = sum(score.answer_tokens for score in scores)
+    numbers = {"token_accuracy": 1 - float(wrong[:, -1].sum() / tokens)}
+    if wrong.shape[1] > 1:
+        for step, counts in enumerate(wrong.T, 1):
+            numbers[f"accuracy/step_{step}"] = float((counts == 0).mean())
+            numbers[f"token_accuracy/step_{step}"] = 1 - float(counts.sum() / tokens)
+    return numbers
+
+
+def _told_apart(
+    item: Item, pair: Pair, kinds: Sequence[str], tokenizer: Tokenizer
+) -> Pair:
+    """A pair whose tokens have the numbers of their kinds."""
+    tokens = np.concatenate([pair.prompt, pair.answer])
+    text = item.prompt + item.answers[0]
+    own = token_kinds(tokenizer, tokens, text, item.kinds)
+    places = {kind: place for place, kind in enumerate(kinds)} | {"": -1}
+    return pair._replace(kinds=np.array([places[kind] for kind in own]))
+
+
+def _of_kinds(kinds: Sequence[str], scores: Sequence[Scores]) -> dict[str, float]:
+    """Of each kind of token how many there are, and the means of what is scored."""
+    sums = add(scores).kinds
+    numbers = {}
+    for kind, (count, right, nll, steps) in zip(kinds, sums, strict=True):
+        if not count:  # all of them are cut off
+            continue
+        numbers[f"kind/{kind}/tokens"] = float(count)
+        numbers[f"kind/{kind}/accuracy"] = float(right / count)
+        numbers[f"kind/{kind}/nll"] = float(nll / count)
+        if np.isfinite(steps):
+            numbers[f"kind/{kind}/steps"] = float(steps / count)
+    return numbers
+
+
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the items of what each of them has one of."""
-    names = (
+    """Means over the items of what each of them has one of, of shares with intervals.
+
+    `/low` and `/high` are those of 95 %, over items (Wilson).
+    """
+    shares = (
         "accuracy",
         "accuracy_per_byte",
         "accuracy_energy",
         "accuracy_excess_energy",
-        "chance",
         "exact_match",
-        "f1",
     )
-    return {
-        name: float(np.mean([row[name] for row in rows if name in row]))
-        for name in names
-        if any(name in row for row in rows)
-    }
+    numbers = {}
+    for name in (*shares, "chance", "f1"):
+        found = [row[name] for row in rows if name in row]
+        if found:
+            numbers[name] = float(np.mean(found))
+        if found and name in shares:
+            low, high = wilson(sum(found), len(found))
+            numbers |= {f"{name}/low": low, f"{name}/high": high}
+    return numbers
 
 
 def _counts(
