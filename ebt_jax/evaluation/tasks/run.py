@@ -300,7 +300,8 @@ def _mark_said(
     for item, row, text in zip(items, rows, said, strict=True):
         row["said"] = text
         row["exact_match"] = task.speaking.match(text, item.answers)
-        row["f1"] = answers.f1(text, item.answers)
+        if not task.made:  # of words, which brackets are not
+            row["f1"] = answers.f1(text, item.answers)
 
 
 def _likelihood(scores: Sequence[Scores]) -> dict[str, float]:
