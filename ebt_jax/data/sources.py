@@ -4,7 +4,7 @@
 data.path            a document is                        position in messages
 ==================== ==================================== ======================
 pydoc                a topic of Python's own reference    -
-arithmetic[:...]     a line that is made, `data.synthetic` -
+arithmetic[:...]     a line, see `data.synthetic`         -
 dyck[:...]           the same                             -
 FILE.txt             the file                             byte
 FILE.jsonl           a line's field `data.text_key`       line

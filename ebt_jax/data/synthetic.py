@@ -240,10 +240,12 @@ def drawn(source: Source, stream: str, *, kept: bool) -> Iterator[Problem]:
       UserError: if there is none.
     """
     rng = random.Random(f"{source.seed}/{stream}")
-    make = _arithmetic if isinstance(source, Arithmetic) else _dyck
     misses = 0
     while misses <= _MOST_REPEATS:
-        problem = make(source, rng)
+        if isinstance(source, Arithmetic):
+            problem = _arithmetic(source, rng)
+        else:
+            problem = _dyck(source, rng)
         misses = 0 if _is_kept(problem.key) == kept else misses + 1
         if not misses:
             yield problem

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ebt_jax.verbs.model import Trained
 
 FLAGS = (
-    Flag("task", "benchmark tasks, joined by commas, or all of those in --data"),
+    Flag("task", "tasks, joined by commas, or all of those in --data"),
     Flag("items", "how many items of each task, from the first; 0 for all", 0, COUNT),
 )
 AS_TRAINED = "as trained"  # stands for no --think among policies

@@ -26,7 +26,8 @@ QUIET = (
     "--config.eval.sample_tokens=0",
     "--config.log.plots=False",
     "--config.log.tensorboard=False",
-    "--config.mesh.data=4",
+    "--config.mesh.data=1",
+    "--config.data.path=dyck:examples=500",
 )
 
 
