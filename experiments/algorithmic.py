@@ -66,7 +66,9 @@ METHODS = ("anchored", "anchored_s2", "s1", "s2", "transformer_pp")
 OPTIONS = tuple(PATHS)
 SETTINGS = ("quickstart", "tiny")
 SWEPT = ("anchored", "anchored_s2", "transformer_pp")
-THINK = "fixed:steps=8;best_of:n=4;until:tolerance=0.01,steps=8"
+THINK = (
+    "fixed:steps=8;best_of:n=4;until:tolerance=0.01,steps=8;until:tolerance=0.1,steps=8"
+)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
