@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from tqdm import tqdm
 
 from ebt_jax.data.tokenizers import Tokenizer
 from ebt_jax.errors import UserError
-from ebt_jax.evaluation.intervals import wilson
 from ebt_jax.evaluation.tasks import answers
 from ebt_jax.evaluation.tasks.catalogue import Task
 from ebt_jax.evaluation.tasks.items import Item, Items, read_items, read_text
@@ -24,6 +22,7 @@ from ebt_jax.evaluation.tasks.likelihood import (
     score_rows,
 )
 from ebt_jax.evaluation.tasks.made import make_items, token_kinds
+from ebt_jax.evaluation.tasks.numbers import accuracies, likelihood, means, of_kinds
 from ebt_jax.evaluation.tasks.rows import (
     Pair,
     Row,
@@ -135,14 +134,14 @@ def run_task(
     right = [_right(item) for item in found.items]
     gold = [each[place] for each, place in zip(scores, right, strict=True)]
     rows = [_item_row(i, s) for i, s in zip(found.items, gold, strict=True)]
-    numbers = _likelihood(gold)
+    numbers = likelihood(gold)
     _mark_choices(found.items, scores, rows, examinee.energy is not None)
     if task.last_word:
         for row, score in zip(rows, gold, strict=True):
             row["accuracy"] = float(score.wrong[-1] == 0)
             row["token_accuracy"] = 1 - float(score.wrong[-1]) / score.answer_tokens
-        numbers |= _accuracies(gold)
-    numbers |= _of_kinds(kinds, gold)
+        numbers |= accuracies(gold)
+    numbers |= of_kinds(kinds, gold)
     counts = _counts(found, pairs, right, examinee.context)
     if task.speaking is not None:
         own = [each[0] for each in pairs]
@@ -150,7 +149,7 @@ def run_task(
         room = prompt_room(examinee.context, new)
         counts["prompts cut for generating"] = sum(len(p.prompt) > room for p in own)
         _mark_said(name, task, found.items, own, rows, examinee, progress)
-    numbers |= _means(rows)
+    numbers |= means(rows)
     return Result(counts, found.sources, numbers, rows)
 
 
@@ -175,7 +174,7 @@ def _run_text(
         {"id": f"window {number}", "nll": float(score.nll[-1]), "tokens": score.tokens}
         for number, score in enumerate(scores)
     ]
-    return Result({"items": len(rows)}, list(sources), _likelihood(scores), each)
+    return Result({"items": len(rows)}, list(sources), likelihood(scores), each)
 
 
 def _scores_of_pairs(
@@ -304,43 +303,6 @@ def _mark_said(
             row["f1"] = answers.f1(text, item.answers)
 
 
-def _likelihood(scores: Sequence[Scores]) -> dict[str, float]:
-    """Ratios of sums over all items, never means of ratios."""
-    total = add(scores)
-    numbers: dict[str, float] = {}
-    parts = {
-        "": (total.nll, total.tokens, total.bytes),
-        "answer_": (total.answer_nll, total.answer_tokens, total.answer_bytes),
-    }
-    for part, (nll, tokens, size) in parts.items():
-        if not tokens:
-            continue
-        numbers[f"{part}nll"] = float(nll[-1] / tokens)
-        with np.errstate(over="ignore"):
-            numbers[f"{part}perplexity"] = float(np.exp(nll[-1] / tokens))
-        if size:
-            numbers[f"{part}bits_per_byte"] = float(nll[-1] / math.log(2) / size)
-        if len(nll) > 1:
-            for step, value in enumerate(nll / tokens, 1):
-                numbers[f"{part}nll/step_{step}"] = float(value)
-        numbers[f"{part}tokens"] = float(tokens)
-    if np.isfinite(total.gradients):
-        numbers["energy_gradients"] = float(total.gradients / total.tokens)
-    return numbers
-
-
-def _accuracies(scores: Sequence[Scores]) -> dict[str, float]:
-    """Shares after each step: of items all right, and of tokens given what is right."""
-    wrong = np.stack([score.wrong for score in scores])
-    tokens = sum(score.answer_tokens for score in scores)
-    numbers = {"token_accuracy": 1 - float(wrong[:, -1].sum() / tokens)}
-    if wrong.shape[1] > 1:
-        for step, counts in enumerate(wrong.T, 1):
-            numbers[f"accuracy/step_{step}"] = float((counts == 0).mean())
-            numbers[f"token_accuracy/step_{step}"] = 1 - float(counts.sum() / tokens)
-    return numbers
-
-
 def _told_apart(
     item: Item, pair: Pair, kinds: Sequence[str], tokenizer: Tokenizer
 ) -> Pair:
@@ -350,44 +312,6 @@ def _told_apart(
     own = token_kinds(tokenizer, tokens, text, item.kinds)
     places = {kind: place for place, kind in enumerate(kinds)} | {"": -1}
     return pair._replace(kinds=np.array([places[kind] for kind in own]))
-
-
-def _of_kinds(kinds: Sequence[str], scores: Sequence[Scores]) -> dict[str, float]:
-    """Of each kind of token how many there are, and the means of what is scored."""
-    sums = add(scores).kinds
-    numbers = {}
-    for kind, (count, right, nll, steps) in zip(kinds, sums, strict=True):
-        if not count:  # all of them are cut off
-            continue
-        numbers[f"kind/{kind}/tokens"] = float(count)
-        numbers[f"kind/{kind}/accuracy"] = float(right / count)
-        numbers[f"kind/{kind}/nll"] = float(nll / count)
-        if np.isfinite(steps):
-            numbers[f"kind/{kind}/steps"] = float(steps / count)
-    return numbers
-
-
-def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the items of what each of them has one of, of shares with intervals.
-
-    `/low` and `/high` are those of 95 %, over items (Wilson).
-    """
-    shares = (
-        "accuracy",
-        "accuracy_per_byte",
-        "accuracy_energy",
-        "accuracy_excess_energy",
-        "exact_match",
-    )
-    numbers = {}
-    for name in (*shares, "chance", "f1"):
-        found = [row[name] for row in rows if name in row]
-        if found:
-            numbers[name] = float(np.mean(found))
-        if found and name in shares:
-            low, high = wilson(sum(found), len(found))
-            numbers |= {f"{name}/low": low, f"{name}/high": high}
-    return numbers
 
 
 def _counts(
