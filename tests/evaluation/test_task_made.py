@@ -173,7 +173,7 @@ def test_from_text_to_scores_with_several_policies(folder, capsys):
         assert list(kept["policies"]) == policies
         found = said["policies"][policies[1]][name]
         assert kept["results"] == found["results"]
-    assert kept["sources"] == ["dyck:depth=5-8"]
+    assert kept["sources"] == ["dyck:depth=5-8,examples=500"]
 
 
 @pytest.mark.parametrize(
