@@ -193,7 +193,7 @@ def test_algorithmic_text_takes_the_methods_of_text():
     assert config("").refine.num_steps == 1
     assert config("s2").replay.capacity == 6 * config("s2").train.batch_size
     assert config("transformer_pp,size=3xs").optim.peak_lr == 1.8e-3
-    with pytest.raises(UserError, match="names both 'arithmetic' and 'dyck'"):
+    with pytest.raises(UserError, match="names both 'dyck' and 'arithmetic'"):
         config("dyck,arithmetic")
     runs = runpy.run_path(str(path))["sweep"]("dyck")
     assert {run["task"] for run in runs if "verb" in run} == {"dyck,dyck_far"}
