@@ -33,8 +33,9 @@ side by side.
 
 Measured (jax 0.10.2, CPU, seed 0, 300 problems that are not in the text, 95 %
 intervals): Transformer++ closes 97.3 % (94.8 to 98.6) of brackets as deep as in
-training and 9.0 % (6.3 to 12.8) of deeper ones. Sums are not learnt in that time: 4.3 %
-(2.5 to 7.3) of answers and 54.8 % of their characters, each after what is right.
+training and 9.0 % (6.3 to 12.8) of deeper ones. Sums are not learnt in that time, here
+from 3,600 lines: 4.3 % (2.5 to 7.3) of answers are right, and 54.8 % of their
+characters, each after what is right.
 """
 
 from __future__ import annotations
