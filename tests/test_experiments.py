@@ -46,12 +46,14 @@ def test_files_resolve_document_themselves_and_sweep(path):
     names = runpy.run_path(str(path))
     assert "ebt train --config=experiments/" in names["__doc__"]
     from_config_dict(names["get_config"]())
-    runs = names["sweep"]()
-    assert len({run["workdir"] for run in runs}) == len(runs)
+    runs = [{"verb": "train", **run} for run in names["sweep"]()]
+    assert len({(run["verb"], run["workdir"]) for run in runs}) == len(runs)
     for run in runs:
-        verb = cli.VERBS["train"]
-        argv = ["train", *(f"--{name}={value}" for name, value in run.items())]
-        from_config_dict(cli.parse(verb, argv).config)
+        verb = run.pop("verb")
+        argv = [verb, *(f"--{name}={value}" for name, value in run.items())]
+        values = cli.parse(cli.VERBS[verb], argv)
+        if verb == "train":
+            from_config_dict(values.config)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -182,6 +184,27 @@ def test_tiny_pictures_train_evaluate_and_write(preset, tmp_path, capsys):
     row = json.loads(rows[-1])
     assert row["step"] == 2 and {"eval/smooth_l1", "eval/mse", "eval/psnr"} < set(row)
     assert "eval/perplexity" not in row
+
+
+def test_algorithmic_text_takes_the_methods_of_text():
+    path = TEXT.parent / "algorithmic.py"
+
+    def config(words: str):
+        return from_config_dict(load_config(f"{path}:{words}"))
+
+    s2 = config("dyck,anchored_s2")
+    assert (s2.refine.min_steps, s2.refine.num_steps) == (1, 3)
+    assert (s2.refine.backprop, s2.objective.loss_steps) == ("truncated", "last")
+    assert s2.refine.step_size_jitter == 2 and not s2.refine.noise_std
+    assert s2.model == config("anchored").model and not s2.replay.capacity
+    assert config("").refine.num_steps == 1
+    assert config("s2").replay.capacity == 6 * config("s2").train.batch_size
+    assert config("transformer_pp,size=3xs").optim.peak_lr == 1.8e-3
+    with pytest.raises(UserError, match="names both 'dyck' and 'arithmetic'"):
+        config("dyck,arithmetic")
+    runs = runpy.run_path(str(path))["sweep"]("dyck")
+    assert {run["task"] for run in runs if "verb" in run} == {"dyck,dyck_far"}
+    assert len(runs) == 2 * 3 * 3
 
 
 def test_from_system_1_to_system_2_by_the_commands_of_the_docstring(tmp_path):

@@ -14,7 +14,7 @@ class DataConfig:
     Of images and video: their files, see `data.images` and `data.video`.
     """
 
-    path: str = "pydoc"  # pydoc | files, globs | tfds:NAME[:SPLIT] | token shards
+    path: str = "pydoc"  # see data.sources: pydoc | files, globs | arithmetic | ...
     tokenizer: str = "bytes"  # bytes | path of a tokenizer.json, also .gz
     text_key: str = "text"  # field of a record that holds the text
     context: int = 128  # tokens of context; a sequence is one longer

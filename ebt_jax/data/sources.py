@@ -4,6 +4,8 @@
 data.path            a document is                        position in messages
 ==================== ==================================== ======================
 pydoc                a topic of Python's own reference    -
+arithmetic[:...]     a line, see `data.synthetic`         -
+dyck[:...]           the same                             -
 FILE.txt             the file                             byte
 FILE.jsonl           a line's field `data.text_key`       line
 FILE.parquet         a row's column `data.text_key`       row
@@ -33,6 +35,7 @@ from typing import Any, NamedTuple
 from absl import logging
 from tqdm.utils import CallbackIOWrapper
 
+from ebt_jax.data import synthetic
 from ebt_jax.data.config import DataConfig
 from ebt_jax.errors import UserError
 
@@ -94,13 +97,15 @@ def entries(path: str) -> list[str]:
     """The single sources of a `data.path`, globs expanded.
 
     Raises:
-      UserError: for a file that does not exist, a glob without a match, or a file of an
-        unknown kind.
+      UserError: for a file that does not exist, a glob without a match, a file of an
+        unknown kind, or a setting that there is not of text that is made.
     """
     found = []
-    for part in path.split(","):
-        part = os.path.expanduser(part.strip())
+    for part in map(os.path.expanduser, synthetic.split(path)):
         if part == "pydoc" or part.startswith("tfds:"):
+            found.append(part)
+        elif synthetic.is_source(part):
+            synthetic.parse(part)
             found.append(part)
         elif os.path.isfile(part):
             found.append(part)
@@ -117,10 +122,11 @@ def entries(path: str) -> list[str]:
         else:
             raise UserError(
                 f"data.path: there is no file {part!r}; name a file, a glob, "
-                "tfds:NAME, a directory of token shards or 'pydoc'"
+                "tfds:NAME, a directory of token shards, 'pydoc', 'arithmetic' or "
+                "'dyck'"
             )
     for entry in found:
-        if os.path.isfile(entry):
+        if not synthetic.is_source(entry) and os.path.isfile(entry):
             _kind(entry)
     return found
 
@@ -158,6 +164,8 @@ def _records(entry: str, key: str, on_read: OnRead) -> Iterator[bytes | Malforme
         return _pydoc(on_read)
     if entry.startswith("tfds:"):
         return _tfds(entry, key, on_read)
+    if synthetic.is_source(entry):
+        return synthetic.documents(synthetic.parse(entry))
     kind, _ = _kind(entry)
     if kind == ".txt":
         return iter([_text_file(entry, on_read)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,15 +12,24 @@ import jax.numpy as jnp
 from ebt_jax import models
 from ebt_jax.diffusion_objective import denoising
 from ebt_jax.errors import UserError
-from ebt_jax.interfaces import Denoiser, FeedForward, Objective
+from ebt_jax.interfaces import Batch, Denoiser, FeedForward, Objective
 from ebt_jax.objectives import feed_forward, refined
+from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config
 
 
-def build_objective(config: Config) -> Objective:
+def build_objective(
+    config: Config,
+    measures: Callable[[PyTree, Batch], dict[str, jax.Array]] | None = None,
+) -> Objective:
     """The objective of a resolved config.
 
     Refined candidates, one forward pass, or the passes of a diffusion model.
+
+    Args:
+      config: what to build.
+      measures: what is measured of predictions in place of the model's own measures,
+        as in `EnergyModel`.
 
     Raises:
       UserError: for options that what is predicted does not have.
@@ -44,6 +54,8 @@ def build_objective(config: Config) -> Objective:
         # The compiler could not split a product that holds several maps' features.
         model_config = dataclasses.replace(model_config, fused=False)
     model = models.build(model_config, config.diffusion)
+    if measures is not None:
+        model = model._replace(measures=measures)
     if isinstance(model, Denoiser):
         return denoising(model, config.diffusion)
     if isinstance(model, FeedForward):

@@ -131,7 +131,9 @@ VERB = Verb(
     "writes\nthe scores of each item to WORKDIR/tasks, --uncertainty and "
     "--verification to\nfolders of their names, for `ebt report`. Of images PSNR, MSE, "
     "SSIM and L1\nagainst forward passes. The batch size changes no result.\n\n"
-    + DETAILS,
+    "The tasks arithmetic, arithmetic_far, dyck and dyck_far are made, as the text of\n"
+    "the run is or as --data says. Of tasks --think takes several, apart by semicolons."
+    "\n\n" + DETAILS,
     example="ebt evaluate --workdir=runs/a --think=fixed:steps=4",
     call=run,
     flags=(

@@ -1,9 +1,14 @@
-"""`ebt evaluate --task`: benchmark tasks."""
+"""`ebt evaluate --task`: benchmark tasks.
+
+Several policies of thinking, apart by semicolons, are tried one after the other, with
+the model loaded once.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +23,12 @@ from ebt_jax.verbs.thinking import check_thinks, parse_thinking
 if TYPE_CHECKING:
     from ebt_jax.evaluation.tasks.catalogue import Task
     from ebt_jax.evaluation.tasks.run import Result
+    from ebt_jax.interfaces import Objective
+    from ebt_jax.thinking import Thinking
+    from ebt_jax.verbs.model import Trained
 
 FLAGS = (
-    Flag("task", "benchmark tasks, joined by commas, or all of those in --data"),
+    Flag("task", "tasks, joined by commas, or all of those in --data"),
     Flag("items", "how many items of each task, from the first; 0 for all", 0, COUNT),
 )
 AS_TRAINED = "as trained"  # stands for no --think among policies
@@ -37,8 +45,7 @@ _NOT_OF_TASKS = (
 def run(values: flags.FlagValues) -> None:
     """Runs tasks with a checkpoint of --workdir; prints a table of the results."""
     workdir = required(values, "workdir", "the folder of a trained run")
-    data = required(values, "data", "the folder with the files of the tasks")
-    thinking = parse_thinking(values.think)
+    policies = _policies(values.think)
     for name in _NOT_OF_TASKS:
         if values[name].value:
             raise UserError(
@@ -56,17 +63,17 @@ def run(values: flags.FlagValues) -> None:
         raise UserError(
             f"--task is of text, but the run is of {config.model.space}; leave it out"
         )
-    check_thinks(values.think, thinking, config)
-    chosen = _chosen(values.task, data)
+    for think, thinking in policies.items():
+        check_thinks(think, thinking, config)
+    chosen = _chosen(values, config.data.path)
     trained = open_trained(path, config, values.mesh, values.checkpoint)
     config = trained.config
     examinee = Examinee(
-        objective=trained.objective,
+        objective=_measuring(trained, [task for task, _ in chosen.values()]),
         params=trained.params,
         tokenizer=trained.tokenizer,
         context=config.data.context,
         energy=_energy(config),
-        thinking=thinking,
         batch_size=values.batch_size or config.eval.batch_size,
         seed=config.eval.seed,
     )
@@ -74,34 +81,66 @@ def run(values: flags.FlagValues) -> None:
     if place is not None:
         with storage_explained():
             (place / "tasks").mkdir(exist_ok=True)
-    about = {"workdir": str(path), "checkpoint": trained.step}
-    results = {}
-    for name, (task, sources) in chosen.items():
-        results[name] = run_task(
-            name,
-            task,
-            sources,
-            examinee,
-            limit=values.items,
-            progress=sys.stderr.isatty(),
-            warn=lambda text: print(text, file=sys.stderr),
-        )
-        if values.json:
-            print(about_result(name, results[name]), file=sys.stderr)
-        if place is not None:
-            _write(place / "tasks" / f"{name}.json", about, values, results[name])
-    if values.json:
+    about: dict[str, Any] = {"workdir": str(path), "checkpoint": trained.step}
+    summaries: dict[str, Any] = {}
+    for think, thinking in policies.items():
+        results = {}
+        for name, (task, sources) in chosen.items():
+            results[name] = run_task(
+                name,
+                task,
+                sources,
+                examinee._replace(thinking=thinking),
+                limit=values.items,
+                progress=sys.stderr.isatty(),
+                warn=lambda text: print(text, file=sys.stderr),
+            )
+            if values.json:
+                print(about_result(name, results[name]), file=sys.stderr)
+            if place is not None:
+                _write(place / "tasks" / f"{name}.json", about, think, results[name])
         numbers = {name: _summary(result) for name, result in results.items()}
-        print(json.dumps(about | {"tasks": plain(numbers)}, allow_nan=False))
-    else:
-        print(table(results))
+        summaries[think or AS_TRAINED] = numbers
+        if not values.json:
+            heading = f"{think or AS_TRAINED}\n\n" if len(policies) > 1 else ""
+            print(f"{heading}{table(results)}", end="\n\n" if heading else "\n")
+    if values.json:
+        one = len(summaries) == 1
+        said = {"tasks": numbers} if one else {"policies": summaries}
+        print(json.dumps(plain(about | said), allow_nan=False))
 
 
-def _chosen(wanted: str, data: str) -> dict[str, tuple[Task, list[str]]]:
-    """The tasks and their sources, all of which are there."""
+def _policies(text: str | None) -> dict[str | None, Thinking]:
+    """What `--think` says, by its words; None where it says nothing."""
+    parts = [part.strip() for part in text.split(";")] if text else []
+    given: list[str | None] = [part for part in parts if part]
+    return {part: parse_thinking(part) for part in given or [text]}
+
+
+def _measuring(trained: Trained, tasks: Sequence[Task]) -> Objective:
+    """The objective, which says after each step what is right where a task is made."""
+    from ebt_jax.evaluation.tasks.likelihood import rightness
+    from ebt_jax.training.objective import build_objective
+
+    if not any(task.made for task in tasks):
+        return trained.objective
+    return build_objective(trained.config, rightness)
+
+
+def _chosen(
+    values: flags.FlagValues, trained_on: str
+) -> dict[str, tuple[Task, list[str]]]:
+    """The tasks and their sources, all of which are there.
+
+    Args:
+      values: of `--task` and `--data`.
+      trained_on: the `data.path` of the run.
+    """
+    from ebt_jax.data.synthetic import is_source
     from ebt_jax.evaluation.tasks.catalogue import TASKS
-    from ebt_jax.evaluation.tasks.items import find_files
+    from ebt_jax.evaluation.tasks.made import entry_for
 
+    wanted = values.task
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     known = ", ".join(["all", *TASKS])
     for name in names:
@@ -111,6 +150,34 @@ def _chosen(wanted: str, data: str) -> dict[str, tuple[Task, list[str]]]:
             )
     if not names:
         raise UserError(f"--task is {wanted!r}, but has to name a task of: {known}")
+    made = {name: TASKS[name] for name in names if name != "all" and TASKS[name].made}
+    given = values.data if values.data and is_source(values.data) else None
+    if given is not None:
+        kind = given.partition(":")[0]
+        for name in names:
+            if name not in made or made[name].made != kind:
+                raise UserError(
+                    f"--data={given} is of {kind}, but --task names {name!r}; leave "
+                    "one of them out"
+                )
+    found = {
+        name: (task, [entry_for(task.made, task.far, given, trained_on)])
+        for name, task in made.items()
+    }
+    names = [name for name in names if name not in made]
+    if not names:
+        return found
+    data = required(values, "data", "the folder with the files of the tasks")
+    return found | _with_files(names, wanted, data)
+
+
+def _with_files(
+    names: Sequence[str], wanted: str, data: str
+) -> dict[str, tuple[Task, list[str]]]:
+    """Those of them that are in files or in TFDS."""
+    from ebt_jax.evaluation.tasks.catalogue import TASKS
+    from ebt_jax.evaluation.tasks.items import find_files
+
     if data.startswith("tfds:") or Path(data).expanduser().is_file():
         if len(names) > 1 or names == ["all"]:
             raise UserError(
@@ -131,13 +198,16 @@ def _chosen(wanted: str, data: str) -> dict[str, tuple[Task, list[str]]]:
         }
     chosen = {}
     for name, task in TASKS.items():
+        if task.made:
+            continue
         try:
             chosen[name] = (task, find_files(name, task.files, data))
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not chosen:
         raise UserError(
-            f"there are no files of any task in {data!r}; the tasks are: {known}"
+            f"there are no files of any task in {data!r}; the tasks are: "
+            + ", ".join(["all", *TASKS])
         )
     return chosen
 
@@ -155,7 +225,7 @@ def _energy(config: Any) -> Any:
 
 
 def _write(
-    file: Path, about: dict[str, Any], values: flags.FlagValues, result: Result
+    file: Path, about: dict[str, Any], think: str | None, result: Result
 ) -> None:
     """Writes a task's results, its items one to a line, in one go.
 
@@ -164,9 +234,9 @@ def _write(
     from ebt_jax.training.workdir import replace_text
     from ebt_jax.training.writers import storage_explained
 
-    head = about | {"think": values.think} | _summary(result)
+    head = about | {"think": think} | _summary(result)
     policies = _by_policy(file, head)
-    policies[values.think or AS_TRAINED] = result.numbers
+    policies[think or AS_TRAINED] = result.numbers
     head["policies"] = policies
     text = json.dumps(plain(head), indent=1, allow_nan=False)
     rows = [json.dumps(plain(row), allow_nan=False) for row in result.items]

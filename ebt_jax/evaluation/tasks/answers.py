@@ -31,6 +31,11 @@ def exact_match(said: str, answers: Sequence[str]) -> float:
     return float(squad_normal(said) in map(squad_normal, answers))
 
 
+def same_text(said: str, answers: Sequence[str]) -> float:
+    """1 if what was said is one of the answers but for space around it, else 0."""
+    return float(said.strip() in (answer.strip() for answer in answers))
+
+
 def f1(said: str, answers: Sequence[str]) -> float:
     """Largest F1 of the words of what was said and of an answer, in [0, 1].
 

@@ -4,7 +4,8 @@ Formats are those of the published evaluation: `Question: ...` and, on the next 
 `Answer: ...`. The space or line end before an answer is a part of the answer. Answers
 are generated from the same prompts; the published code puts its labels in brackets
 there, which a model that is not fine-tuned has never seen either way. ARC is also asked
-without showing the choices, as is usual for small models.
+without showing the choices, as is usual for small models. `arithmetic` and `dyck` are
+made, in the form that their text has (`made.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Speaking(NamedTuple):
     """How an answer is generated, always the likeliest token, and judged.
 
     Attributes:
-      longest: bytes of text; as many tokens as that takes on average.
+      longest: bytes of text; as many tokens as that takes on average. 0 for as many
+        tokens as the longest right answer has.
       one_line: whether a line end ends it.
       match: exact match of the text and the right answers, 0 or 1.
     """
@@ -47,6 +49,8 @@ class Task(NamedTuple):
       last_word: whether the answer counts as right where each of its tokens is the
         likeliest one.
       speaking: how answers are generated; None where they are not.
+      made: the name in `synthetic.SOURCES` where items are made, not read.
+      far: whether they lie out of the distribution of the text, `synthetic.farther`.
     """
 
     scored: str
@@ -56,6 +60,8 @@ class Task(NamedTuple):
     tfds: str | None = None
     last_word: bool = False
     speaking: Speaking | None = None
+    made: str = ""
+    far: bool = False
 
 
 def gsm8k(record: Any) -> Item:
@@ -145,6 +151,11 @@ def _bigbench(name: str, scored: str) -> Task:
     return Task(scored, files, bigbench)
 
 
+def _made(name: str, far: bool, scored: str) -> Task:
+    speaking = Speaking(0, True, answers.same_text)
+    return Task(scored, (), None, (), None, True, speaking, name, far)
+
+
 _CHOICE = "multiple choice"
 _ARC_FILES = ("arc/*_test.jsonl", "arc/*.jsonl")
 TASKS = {
@@ -196,6 +207,10 @@ TASKS = {
     ),
     "novels": Task("plain text", ("novels/test.txt", "novels/*.txt"), None),
     "tinyshakespeare": Task("plain text", ("tinyshakespeare/*.txt",), None),
+    "arithmetic": _made("arithmetic", False, "the answer"),
+    "arithmetic_far": _made("arithmetic", True, "the answer, of longer operands"),
+    "dyck": _made("dyck", False, "the answer"),
+    "dyck_far": _made("dyck", True, "the answer, of deeper nesting"),
 }
 
 

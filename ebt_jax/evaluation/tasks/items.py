@@ -36,12 +36,15 @@ class Item(NamedTuple):
         right, too.
       choices: answers to choose from, of which the right one is one; empty if none.
       id: names the item; its draws depend on it.
+      kinds: what each character of prompt and right answer is, where results are told
+        apart by that, "" for what is not; empty if they are not told apart.
     """
 
     prompt: str
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
     id: str = ""
+    kinds: tuple[str, ...] = ()
 
 
 class Items(NamedTuple):

@@ -28,12 +28,14 @@ class Scorer(NamedTuple):
       energy: `(params, batch) -> [batch, seq]`, see `energy_of_targets`; None where
         there are no energies, or none are wanted.
       likeliest: whether to find if each token of the answer is the likeliest one.
+      kinds: how many kinds of tokens there are, see `Row.kinds`; 0 for none.
     """
 
     objective: Objective
     thinking: Thinking = AS_TRAINED
     energy: EnergyOfTargets | None = None
     likeliest: bool = False
+    kinds: int = 0
 
 
 class Scores(NamedTuple):
@@ -48,9 +50,12 @@ class Scores(NamedTuple):
       answer_bytes: of those of the answer.
       energy: of the answer's tokens, nan where none was asked for.
       excess: by how much that is above the energy of the model's own predictions.
-      wrong: tokens of the answer that are not the likeliest ones, nan where that was
-        not asked for.
+      wrong: tokens of the answer that are not the likeliest ones, after each step if
+        the objective measures `right` (see `rightness`), else at the end, `[steps]`;
+        nan where that was not asked for.
       gradients: evaluations of an energy and its gradient, nan where there is none.
+      kinds: of each kind of token how many there are, how many are the likeliest ones,
+        their nll, and refinement steps (nan without any), `[kinds, 4]`.
     """
 
     nll: np.ndarray
@@ -61,8 +66,9 @@ class Scores(NamedTuple):
     answer_bytes: float
     energy: float
     excess: float
-    wrong: float
+    wrong: np.ndarray
     gradients: float
+    kinds: np.ndarray
 
 
 def energy_of_targets(model: EnergyModel, num_landscapes: int) -> EnergyOfTargets:
@@ -78,6 +84,12 @@ def energy_of_targets(model: EnergyModel, num_landscapes: int) -> EnergyOfTarget
         return model.energy(params, context, model.target(batch), last)
 
     return energy
+
+
+def rightness(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """For `measures` of a model of text: 1 where the target is the likeliest token."""
+    right = jnp.argmax(logits, axis=-1) == batch["targets"]
+    return {"right": right.astype(jnp.float32)}
 
 
 def score_rows(
@@ -110,7 +122,9 @@ def score_rows(
     for places, batch in batches(rows, batch_size, context, pad_id):
         sums = jax.device_get(_sums(params, batch, key, scorer))
         for place, number in enumerate(places):
-            scores[number] = _of_row(rows[number], sums, place, token_bytes)
+            scores[number] = _of_row(
+                rows[number], sums, place, token_bytes, scorer.kinds
+            )
         on_done(len(places))
     return [scores[number] for number in range(len(rows))]
 
@@ -121,7 +135,11 @@ def add(scores: Sequence[Scores]) -> Scores:
 
 
 def _of_row(
-    row: Row, sums: dict[str, np.ndarray], place: int, token_bytes: np.ndarray
+    row: Row,
+    sums: dict[str, np.ndarray],
+    place: int,
+    token_bytes: np.ndarray,
+    kinds: int,
 ) -> Scores:
     def of(name: str) -> np.ndarray | float:
         if name not in sums:
@@ -129,6 +147,11 @@ def _of_row(
         return np.asarray(sums[name][..., place], np.float64)
 
     sizes = token_bytes[row.tokens]
+    by_kind = np.zeros((kinds, 4))
+    if kinds and row.kinds is not None:
+        own = np.where(np.arange(len(row.kinds)) < row.scored, -1, row.kinds)[1:]
+        each = sums["each"][:, place, : len(own)].T.astype(np.float64)
+        np.add.at(by_kind, own[own >= 0], each[own >= 0])
     return Scores(
         nll=np.asarray(of("nll")),
         answer_nll=np.asarray(of("answer_nll")),
@@ -138,8 +161,9 @@ def _of_row(
         answer_bytes=float(sizes[row.answer :].sum()),
         energy=float(of("energy")),
         excess=float(of("excess")),
-        wrong=float(of("wrong")),
+        wrong=np.atleast_1d(of("wrong")),
         gradients=float(of("gradients")),
+        kinds=by_kind,
     )
 
 
@@ -147,7 +171,10 @@ def _of_row(
 def _sums(
     params: PyTree, batch: Batch, key: jax.Array, scorer: Scorer
 ) -> dict[str, jax.Array]:
-    """Sums over the tokens of each row, `[batch]` or for each step `[steps, batch]`."""
+    """Sums over the tokens of each row, `[batch]` or for each step `[steps, batch]`.
+
+    Where kinds are told apart also what `Scores.kinds` adds up, `[4, batch, seq]`.
+    """
     arrays = score(scorer.objective, params, batch, key, scorer.thinking)
 
     def total(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -167,7 +194,12 @@ def _sums(
         sums["energy"] = total(energy, answer)
         sums["excess"] = total(energy - arrays["energy"][-1], answer)
     if scorer.likeliest:
-        logits = scorer.objective.predict(params, batch, key, scorer.thinking)
-        wrong = jnp.argmax(logits, axis=-1) != batch["targets"]
-        sums["wrong"] = total(wrong, answer)
+        if "right" not in arrays:
+            logits = scorer.objective.predict(params, batch, key, scorer.thinking)
+            arrays |= {"right": rightness(logits, batch)["right"][None]}
+        sums["wrong"] = total(1 - arrays["right"], answer[None])
+    if scorer.kinds:
+        last = arrays["nll"][-1].astype(jnp.float32)
+        steps = arrays["num_steps"] if "num_steps" in arrays else jnp.nan * last
+        sums["each"] = jnp.stack([1 + 0 * last, arrays["right"][-1], last, steps])
     return sums

@@ -36,12 +36,14 @@ class Row(NamedTuple):
         first.
       answer: those from this one on belong to the answer.
       index: what is drawn for a prediction depends on this and its place.
+      kinds: int `[as many]`, numbers that tell tokens apart, -1 for none; or None.
     """
 
     tokens: np.ndarray
     scored: int
     answer: int
     index: int
+    kinds: np.ndarray | None = None
 
 
 class Pair(NamedTuple):
@@ -51,11 +53,13 @@ class Pair(NamedTuple):
       prompt: its tokens, int32.
       answer: its tokens, int32.
       apart: whether a token would lie across the boundary.
+      kinds: of the tokens of both, as in `Row`.
     """
 
     prompt: np.ndarray
     answer: np.ndarray
     apart: bool
+    kinds: np.ndarray | None = None
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> Pair:
@@ -78,10 +82,15 @@ def windows(pair: Pair, context: int, name: str) -> list[Row]:
     room = context + 1 - len(pair.answer)
     kept = pair.prompt[-room if room > 0 else -half :]
     ids = np.concatenate([kept, pair.answer])
-    rows = [Row(ids[: context + 1], 1, len(kept), draw_index(name, 0))]
-    for start in range(context + 1 - half, len(ids) - half, context + 1 - half):
-        window = ids[start : start + context + 1]
-        rows.append(Row(window, half, half, draw_index(name, len(rows))))
+    kinds = None if pair.kinds is None else pair.kinds[-len(ids) :]
+    rows = []
+    for start in (0, *range(context + 1 - half, len(ids) - half, context + 1 - half)):
+        begins = half if start else 1
+        answer = half if start else len(kept)
+        window = slice(start, start + context + 1)
+        own = None if kinds is None else kinds[window]
+        index = draw_index(name, len(rows))
+        rows.append(Row(ids[window], begins, answer, index, own))
     return rows
 
 

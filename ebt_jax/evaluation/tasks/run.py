@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,8 @@ from ebt_jax.evaluation.tasks.likelihood import (
     add,
     score_rows,
 )
+from ebt_jax.evaluation.tasks.made import make_items, token_kinds
+from ebt_jax.evaluation.tasks.numbers import accuracies, likelihood, means, of_kinds
 from ebt_jax.evaluation.tasks.rows import (
     Pair,
     Row,
@@ -70,7 +71,9 @@ class Result(NamedTuple):
         tokens of prompts and right answers but the first of each, and with `answer_`
         over those of the answers alone; of a refinement also `nll/step_i`, where it is
         nothing but a number of steps, and `energy_gradients`, evaluations of an energy
-        and its gradient for each token. Accuracies are shares of the items.
+        and its gradient for each token. Accuracies are shares of the items,
+        `token_accuracy` is of the tokens of right answers, each after what is right;
+        both may have `/step_i`, too. `kind/NAME/...` are means over tokens of a kind.
       items: of each item its id and scores; sums over tokens, in nats.
     """
 
@@ -104,9 +107,14 @@ def run_task(
     Raises:
       UserError: for a file that cannot be read, or without anything to score.
     """
-    if task.parse is None:
+    if task.made:
+        found = make_items(sources[0], limit)
+    elif task.parse is None:
         return _run_text(name, sources, examinee, limit, progress)
-    found = read_items(sources, task.parse, nested=task.nested, limit=limit, warn=warn)
+    else:
+        found = read_items(
+            sources, task.parse, nested=task.nested, limit=limit, warn=warn
+        )
     pairs = [
         [
             encode_pair(examinee.tokenizer, item.prompt, answer)
@@ -114,15 +122,26 @@ def run_task(
         ]
         for item in found.items
     ]
-    scores = _scores_of_pairs(name, task, found.items, pairs, examinee, progress)
+    kinds = sorted({kind for item in found.items for kind in item.kinds if kind})
+    if kinds:
+        pairs = [
+            [_told_apart(item, each[0], kinds, examinee.tokenizer)]
+            for item, each in zip(found.items, pairs, strict=True)
+        ]
+    scores = _scores_of_pairs(
+        name, task, found.items, pairs, len(kinds), examinee, progress
+    )
     right = [_right(item) for item in found.items]
     gold = [each[place] for each, place in zip(scores, right, strict=True)]
     rows = [_item_row(i, s) for i, s in zip(found.items, gold, strict=True)]
-    numbers = _likelihood(gold)
+    numbers = likelihood(gold)
     _mark_choices(found.items, scores, rows, examinee.energy is not None)
     if task.last_word:
         for row, score in zip(rows, gold, strict=True):
-            row["accuracy"] = float(score.wrong == 0)
+            row["accuracy"] = float(score.wrong[-1] == 0)
+            row["token_accuracy"] = 1 - float(score.wrong[-1]) / score.answer_tokens
+        numbers |= accuracies(gold)
+    numbers |= of_kinds(kinds, gold)
     counts = _counts(found, pairs, right, examinee.context)
     if task.speaking is not None:
         own = [each[0] for each in pairs]
@@ -130,7 +149,7 @@ def run_task(
         room = prompt_room(examinee.context, new)
         counts["prompts cut for generating"] = sum(len(p.prompt) > room for p in own)
         _mark_said(name, task, found.items, own, rows, examinee, progress)
-    numbers |= _means(rows)
+    numbers |= means(rows)
     return Result(counts, found.sources, numbers, rows)
 
 
@@ -155,7 +174,7 @@ def _run_text(
         {"id": f"window {number}", "nll": float(score.nll[-1]), "tokens": score.tokens}
         for number, score in enumerate(scores)
     ]
-    return Result({"items": len(rows)}, list(sources), _likelihood(scores), each)
+    return Result({"items": len(rows)}, list(sources), likelihood(scores), each)
 
 
 def _scores_of_pairs(
@@ -163,6 +182,7 @@ def _scores_of_pairs(
     task: Task,
     items: Sequence[Item],
     pairs: Sequence[Sequence[Pair]],
+    kinds: int,
     examinee: Examinee,
     progress: bool,
 ) -> list[list[Scores]]:
@@ -180,6 +200,7 @@ def _scores_of_pairs(
         examinee.thinking,
         examinee.energy if wants_energy else None,
         task.last_word,
+        kinds,
     )
     scored = _score(name, scorer, rows, examinee, progress)
     sums = iter([add(scored[start:stop]) for start, stop in spans])
@@ -278,50 +299,19 @@ def _mark_said(
     for item, row, text in zip(items, rows, said, strict=True):
         row["said"] = text
         row["exact_match"] = task.speaking.match(text, item.answers)
-        row["f1"] = answers.f1(text, item.answers)
+        if not task.made:  # of words, which brackets are not
+            row["f1"] = answers.f1(text, item.answers)
 
 
-def _likelihood(scores: Sequence[Scores]) -> dict[str, float]:
-    """Ratios of sums over all items, never means of ratios."""
-    total = add(scores)
-    numbers: dict[str, float] = {}
-    parts = {
-        "": (total.nll, total.tokens, total.bytes),
-        "answer_": (total.answer_nll, total.answer_tokens, total.answer_bytes),
-    }
-    for part, (nll, tokens, size) in parts.items():
-        if not tokens:
-            continue
-        numbers[f"{part}nll"] = float(nll[-1] / tokens)
-        with np.errstate(over="ignore"):
-            numbers[f"{part}perplexity"] = float(np.exp(nll[-1] / tokens))
-        if size:
-            numbers[f"{part}bits_per_byte"] = float(nll[-1] / math.log(2) / size)
-        if len(nll) > 1:
-            for step, value in enumerate(nll / tokens, 1):
-                numbers[f"{part}nll/step_{step}"] = float(value)
-        numbers[f"{part}tokens"] = float(tokens)
-    if np.isfinite(total.gradients):
-        numbers["energy_gradients"] = float(total.gradients / total.tokens)
-    return numbers
-
-
-def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the items of what each of them has one of."""
-    names = (
-        "accuracy",
-        "accuracy_per_byte",
-        "accuracy_energy",
-        "accuracy_excess_energy",
-        "chance",
-        "exact_match",
-        "f1",
-    )
-    return {
-        name: float(np.mean([row[name] for row in rows if name in row]))
-        for name in names
-        if any(name in row for row in rows)
-    }
+def _told_apart(
+    item: Item, pair: Pair, kinds: Sequence[str], tokenizer: Tokenizer
+) -> Pair:
+    """A pair whose tokens have the numbers of their kinds."""
+    tokens = np.concatenate([pair.prompt, pair.answer])
+    text = item.prompt + item.answers[0]
+    own = token_kinds(tokenizer, tokens, text, item.kinds)
+    places = {kind: place for place, kind in enumerate(kinds)} | {"": -1}
+    return pair._replace(kinds=np.array([places[kind] for kind in own]))
 
 
 def _counts(

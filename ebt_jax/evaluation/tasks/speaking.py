@@ -76,6 +76,8 @@ def speak(
 
 def most_tokens(tokenizer: Tokenizer, pairs: Sequence[Pair], speaking: Speaking) -> int:
     """Tokens that `speaking.longest` bytes take, as dense as in the right answers."""
+    if not speaking.longest:
+        return max(len(pair.answer) for pair in pairs)
     tokens = np.concatenate([pair.answer for pair in pairs])
     size = max(int(tokenizer.token_bytes()[tokens].sum()), 1)
     return max(1, math.ceil(speaking.longest * len(tokens) / size))

@@ -17,6 +17,7 @@ _COLUMNS = {
 }
 _SHARES = {
     "accuracy": "accuracy",
+    "token_accuracy": "of its tokens",
     "accuracy_per_byte": "per byte",
     "accuracy_energy": "by energy",
     "accuracy_excess_energy": "by excess energy",
@@ -30,7 +31,7 @@ def table(results: Mapping[str, Result]) -> str:
     """A line for each task, and below what was scored.
 
     Perplexities are over all tokens, and over those of the right answers; shares are
-    in per cent of the items.
+    in per cent of the items, with intervals of 95 %.
     """
     head = ["task", "items", *(header for header, _ in _COLUMNS.values()), "score"]
     lines = [head, *(_cells(name, result) for name, result in results.items())]
@@ -43,7 +44,8 @@ def table(results: Mapping[str, Result]) -> str:
         )
         shown.append("  ".join([name, *numbers, score]).rstrip())
     about = [about_result(name, result) for name, result in results.items()]
-    return "\n".join([*shown, "", *about])
+    kinds = [line for name, result in results.items() for line in _kinds(name, result)]
+    return "\n".join([*shown, "", *about, *kinds])
 
 
 def about_result(name: str, result: Result) -> str:
@@ -54,6 +56,26 @@ def about_result(name: str, result: Result) -> str:
     return f"{name}: {'; '.join(said)}; of {', '.join(result.sources)}"
 
 
+def _kinds(name: str, result: Result) -> list[str]:
+    """A line for each kind of token that results are told apart by."""
+    found = [key.split("/")[1] for key in result.numbers if key.startswith("kind/")]
+    if not found:
+        return []
+    lines = ["", f"{name:<22}{'tokens':>8}{'right':>8}{'nll':>8}{'steps':>8}"]
+    for kind in dict.fromkeys(found):
+        numbers = [
+            result.numbers.get(f"kind/{kind}/{what}")
+            for what in ("tokens", "accuracy", "nll", "steps")
+        ]
+        forms = (",.0f", ".1%", ".3f", ".2f")
+        cells = [
+            "-" if number is None else format(number, form)
+            for number, form in zip(numbers, forms, strict=True)
+        ]
+        lines.append(f"  {kind:<20}{''.join(f'{cell:>8}' for cell in cells)}")
+    return lines
+
+
 def _cells(name: str, result: Result) -> list[str]:
     numbers = result.numbers
     cells = [
@@ -61,8 +83,14 @@ def _cells(name: str, result: Result) -> list[str]:
         for key, (_, form) in _COLUMNS.items()
     ]
     shares = [
-        f"{label} {100 * numbers[key]:.1f}%"
+        f"{label} {100 * numbers[key]:.1f}%{_interval(numbers, key)}"
         for key, label in _SHARES.items()
         if key in numbers
     ]
     return [name, f"{result.counts['items']:,}", *cells, ", ".join(shares) or "-"]
+
+
+def _interval(numbers: Mapping[str, float], key: str) -> str:
+    if f"{key}/low" not in numbers:
+        return ""
+    return f" ({100 * numbers[f'{key}/low']:.1f}-{100 * numbers[f'{key}/high']:.1f})"
