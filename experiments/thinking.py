@@ -44,11 +44,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "anchored_mild": ("s2,no_langevin,no_replay", ANCHORED),
 }
 TASKS = "tinyshakespeare,wikitext2,gsm8k,simple_arithmetic"
-THINKING = (None, "fixed:steps=8", "best_of:n=4", "fixed:steps=8+best_of:n=4")
+THINKING = "fixed:steps=8;best_of:n=4;fixed:steps=8+best_of:n=4"
 
 
 def sweep(words: str = "") -> list[dict[str, Any]]:
-    """All trainings, each followed by the evaluations of its run."""
+    """All trainings, each followed by the evaluation of its run."""
     into, data, size, methods, tiny = _parsed(words)
     runs = []
     for method in methods:
@@ -57,7 +57,7 @@ def sweep(words: str = "") -> list[dict[str, Any]]:
                 run = _training(into, size, method, updates, seed, tiny)
                 runs.append(run)
                 if data:
-                    runs += [_scoring(run["workdir"], data, how) for how in THINKING]
+                    runs.append(_scoring(run["workdir"], data))
     return runs
 
 
@@ -86,10 +86,16 @@ def _training(
     }
 
 
-def _scoring(workdir: str, data: str, how: str | None) -> dict[str, Any]:
+def _scoring(workdir: str, data: str) -> dict[str, Any]:
     """Flags of `ebt evaluate`."""
-    flags = {"task": TASKS, "data": data, "items": 64, "workdir": workdir}
-    return {"verb": "evaluate", **flags, **({} if how is None else {"think": how})}
+    return {
+        "verb": "evaluate",
+        "task": TASKS,
+        "data": data,
+        "items": 64,
+        "think": THINKING,
+        "workdir": workdir,
+    }
 
 
 def _parsed(words: str) -> tuple[str, str, str, list[str], bool]:
