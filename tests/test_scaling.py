@@ -62,7 +62,7 @@ def test_the_configs_are_what_the_folders_say():
         model, train = config.model, config.train
         made = (model.layers, model.width, train.batch_size, train.steps, train.seed)
         assert made == tuple(map(int, found.groups()))
-        assert config.optim.schedule_steps == 0 and config.optim.peak_lr == 2.4e-3
+        assert config.optim.schedule_steps == 0 and config.optim.peak_lr == 4.8e-3
         assert config.optim.warmup_steps == min(100, train.steps // 5)
     (anchored, s1) = (
         config_of(NAMES["sweep"](f"data,{method}")[0]) for method in ("anchored", "s1")
