@@ -7,8 +7,8 @@ see nothing else, so a feed-forward baseline is just another objective.
 Batches are dicts of arrays. Every modality has `weights` `[*batch]`, float, 0 where a
 prediction does not count (padding), and, for evaluation, `index` `[batch]`, an integer
 that names each sequence. `[*batch]` is `[batch, seq]` of text and video, where each
-place of a sequence is predicted, and `[batch]` of images and boards. What else there is, the model
-knows.
+place of a sequence is predicted, and `[batch]` of images and boards. What else there
+is, the model knows.
 """
 
 from __future__ import annotations

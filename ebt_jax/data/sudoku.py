@@ -58,7 +58,9 @@ def make_rules(box_rows: int, box_columns: int) -> Rules:
     row, column = np.divmod(np.arange(digits**2), digits)
     box = row // box_rows * box_rows + column // box_columns
     unit_of = np.stack([row, digits + column, 2 * digits + box])
-    units = np.stack([np.flatnonzero(unit_of[u // digits] == u) for u in range(3 * digits)])
+    units = np.stack(
+        [np.flatnonzero(unit_of[u // digits] == u) for u in range(3 * digits)]
+    )
     return Rules(box_rows, box_columns, units, unit_of)
 
 
@@ -172,9 +174,7 @@ def random_grids(rules: Rules, rngs: Sequence[np.random.Generator]) -> np.ndarra
     return grids
 
 
-def carve(
-    rules: Rules, grids: np.ndarray, order: np.ndarray, least: int
-) -> np.ndarray:
+def carve(rules: Rules, grids: np.ndarray, order: np.ndarray, least: int) -> np.ndarray:
     """Which cells of solved boards are enough to know all others.
 
     Args:

@@ -80,7 +80,10 @@ def show_boards(config: Config) -> Show:
         objective: Objective, params: PyTree, batches: Iterable[NumpyBatch], path: Path
     ) -> str:
         batch = {name: rows[:SHOWN] for name, rows in next(iter(batches)).items()}
-        key, thinking = jax.random.key(config.eval.seed), Thinking(config.eval.num_steps)
+        key, thinking = (
+            jax.random.key(config.eval.seed),
+            Thinking(config.eval.num_steps),
+        )
         predict = jax.jit(objective.predict, static_argnums=3)
         filled = np.asarray(answers(predict(params, batch, key, thinking), batch))
         text = "\n".join(
@@ -109,7 +112,9 @@ def side_by_side(
     width = len(str(digits)) + 2
     given = [f"{digit or '.':>{width}}" for digit in puzzle]
     marks = np.where(answer == solution, " ", "!")
-    made = [f"{digit:>{width - 1}}{mark}" for digit, mark in zip(answer, marks, strict=True)]
+    made = [
+        f"{digit:>{width - 1}}{mark}" for digit, mark in zip(answer, marks, strict=True)
+    ]
     lines = []
     for first in range(0, digits**2, digits):
         row = slice(first, first + digits)
