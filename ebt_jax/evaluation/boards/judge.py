@@ -1,7 +1,8 @@
 """From what came of boards to numbers with intervals, and tables of them.
 
 Every number is `[mean, low, high]`: 95 % of bootstrap samples of the boards lie between
-low and high. What two choices differ by is taken board by board.
+low and high. Where none is solved, or all are, no sample differs, and the interval is
+Wilson's. What two choices differ by is taken board by board.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ebt_jax.evaluation.boards.outcomes import CORRUPTIONS, Outcomes
 from ebt_jax.evaluation.uncertainty import auroc
 
 RESAMPLES = 1000
+WILSON = 1.96**2  # of an interval that holds 95 %
 _FEWER = 200  # of a number that takes longer
 Number = list[float]  # mean, low, high
 
@@ -57,8 +59,8 @@ def judge(outcomes: Outcomes, trained: int, seed: int) -> dict[str, Any]:
         "each": solved[at].tolist(),
     }
     if len(solved) > 1:
-        judged["thinking"] = interval(rng, solved[at] - solved[0])
-        judged["longer"] = interval(rng, solved[-1] - solved[at])
+        judged["thinking"] = difference(rng, solved[at], solved[0])
+        judged["longer"] = difference(rng, solved[-1], solved[at])
     if outcomes.energy is None:
         return judged
     energy, right = outcomes.energy[:, at], outcomes.solved[:, at]
@@ -93,13 +95,22 @@ def judge_energies(energies: Mapping[str, np.ndarray], seed: int) -> dict[str, A
 
 
 def interval(rng: np.random.Generator, values: np.ndarray) -> Number:
-    """Mean of `[boards]`, and 95 % of its bootstrap."""
+    """Mean of `[boards]`, and 95 % of its bootstrap, see the module."""
     count = len(values)
+    if values.min() == values.max() and values[0] in (0, 1):
+        unseen = WILSON / (count + WILSON)
+        return [1.0, 1 - unseen, 1.0] if values[0] else [0.0, 0.0, unseen]
     drawn = (
         rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) @ values / count
     )
     low, high = np.quantile(drawn, [0.025, 0.975])
     return [float(values.mean()), float(low), float(high)]
+
+
+def difference(rng: np.random.Generator, a: np.ndarray, b: np.ndarray) -> Number:
+    """What the mean of a is above that of b, of the same boards, and 95 % of that."""
+    apart = (a - b + 1) / 2  # so that no difference is neither 0 nor 1
+    return [2 * part - 1 for part in interval(rng, apart)]
 
 
 def tables(judged: Mapping[str, Any]) -> str:
@@ -177,7 +188,7 @@ def _best_of(
                 "lowest": interval(rng, chosen),
                 "random": interval(rng, anyone),
                 "oracle": interval(rng, best),
-                "gain": interval(rng, chosen - anyone),
+                "gain": difference(rng, chosen, anyone),
             }
         )
     return found
