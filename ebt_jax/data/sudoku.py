@@ -167,7 +167,7 @@ def random_grids(rules: Rules, rngs: Sequence[np.random.Generator]) -> np.ndarra
     pending = np.arange(len(rngs))
     while pending.size:
         shape = rules.cells, rules.digits
-        ranks = np.stack([rngs[board].random(shape) for board in pending], axis=-1)
+        ranks = np.stack([rngs[int(board)].random(shape) for board in pending], axis=-1)
         filled, good = _fill(rules, ranks)
         grids[:, pending[good]] = filled[:, good]
         pending = pending[~good]

@@ -98,3 +98,18 @@ def test_a_recurrent_run_takes_other_numbers_of_passes(runs, capsys):
 def test_errors(runs, method, flag, message, capsys):
     assert cli.run(["evaluate", f"--workdir={runs / method}", flag]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_verbs_that_are_not_of_boards_say_so_and_others_work(runs, tmp_path, capsys):
+    workdir = f"--workdir={runs / 'ebt'}"
+    assert cli.run(["generate", workdir, "--prompt=1"]) == 2
+    assert "`ebt evaluate` fill others" in capsys.readouterr().err
+    argv = [f"--config={SUDOKU}:tiny", f"--output={tmp_path / 'out'}"]
+    assert cli.run(["prepare", *argv]) == 2
+    assert "boards are made while a run reads them" in capsys.readouterr().err
+    file = tmp_path / "report.html"
+    assert cli.run(["report", f"--workdir={runs / 'ebt'}", f"--out={file}"]) == 0
+    assert "boards solved" in file.read_text()
+    capsys.readouterr()
+    assert cli.run(["inspect", argv[0], *QUICKER[:1], "--config.mesh.data=4"]) == 0
+    assert "8 x 16 = 128 cells" in capsys.readouterr().out

@@ -104,8 +104,10 @@ def test_corruption_changes_empty_cells_and_as_many_as_it_says():
 
 def test_tables_show_what_there_is():
     found = judging.judge(outcomes([[[1, 0]], [[1, 1]]], [[[0, 1]], [[0, 0]]]), 1, 0)
-    found["energy"] = {name: [1.0, 0.9, 1.0] for name in ("one cell", "half the cells")}
-    found["energy"]["own wrong answers"] = None
+    found["energy"] = {
+        **{name: [1.0, 0.9, 1.0] for name in ("one cell", "half the cells")},
+        "own wrong answers": None,
+    }
     text = judging.tables({"4-6": found})
     assert "lowest energy" in text and "100.0% (90.0 to 100.0)" in text
     plain = judging.judge(outcomes([[[1, 0]]]), 1, 0)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from tiny import QUICK
 
 from ebt_jax import models
@@ -22,6 +24,7 @@ from ebt_jax.thinking import Thinking
 from ebt_jax.training.board_task import resolve_board, side_by_side
 from ebt_jax.training.config import Config, MeshConfig, from_json, to_json
 from ebt_jax.training.objective import batch_shapes, build_objective
+from ebt_jax.training.sharding import make_mesh, parameter_specs
 
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 SMALL = BoardConfig(2, 2, 7, 11, 4, 6, held_out=0.3, pool=8)
@@ -58,7 +61,7 @@ def batch():
 @pytest.fixture(scope="module")
 def energies(batch):
     """The energy of boards by params and candidate, and params."""
-    model = models.build(CONFIG.model)
+    model = board.energy_model(CONFIG.model)
 
     @jax.jit
     def of(params, candidate):
@@ -185,7 +188,7 @@ def test_a_landscape_of_its_own_for_each_step(batch):
     model = dataclasses.replace(
         CONFIG.model, conditioning="time_embed", num_landscapes=2
     )
-    made = models.build(model)
+    made = board.energy_model(model)
     params = made.init(KEY)
     context = made.encode_context(params, batch)
     first, second = (
@@ -213,7 +216,7 @@ def test_the_recurrent_network_scores_each_pass_and_goes_on(batch):
         board.cross_entropy(predicted, batch), seen["nll"][4], rtol=1e-5
     )
     # Its first pass is the network that has no other.
-    once = models.build(of_kind("transformer_pp").model).predict(params, batch)
+    once = board.transformer_pp(of_kind("transformer_pp").model).predict(params, batch)
     np.testing.assert_allclose(
         board.cross_entropy(once, batch), seen["nll"][0], rtol=1e-5
     )
@@ -226,6 +229,17 @@ def test_methods_differ_by_what_makes_them_up():
         sizes[kind] = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert sizes["transformer_pp"] == sizes["recurrent"]
     assert abs(sizes["ebt"] - sizes["recurrent"]) <= 8  # a head of 1 in place of bias
+
+
+def test_every_parameter_knows_how_it_is_split():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    for kind in ("ebt", "transformer_pp", "recurrent"):
+        model = dataclasses.replace(of_kind(kind).model, conditioning="time_embed")
+        shapes = jax.eval_shape(models.build(model).init, KEY)
+        specs = parameter_specs(shapes, mesh)
+        assert specs["blocks"]["out"]["kernel"] == P(None, "model", "fsdp")
+        assert specs["row_embed"]["embedding"] == P()
+    assert specs["output"]["kernel"] == P("fsdp", "model")
 
 
 def test_batches_have_the_shapes_that_are_announced(batch):
@@ -245,8 +259,6 @@ def test_boards_are_shown_as_given_and_as_filled():
 
 
 def test_runs_of_before_there_were_boards_are_read():
-    import json
-
     tree = json.loads(to_json(Config()))
     del tree["board"]
     for name in ("box_rows", "box_columns", "iterations"):
