@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ebt_jax.data import boards, pipeline
@@ -79,7 +80,8 @@ def show_boards(config: Config) -> Show:
     def show(
         objective: Objective, params: PyTree, batches: Iterable[NumpyBatch], path: Path
     ) -> str:
-        batch = {name: rows[:SHOWN] for name, rows in next(iter(batches)).items()}
+        first = next(iter(batches))
+        batch = {name: jnp.asarray(rows[:SHOWN]) for name, rows in first.items()}
         key, thinking = (
             jax.random.key(config.eval.seed),
             Thinking(config.eval.num_steps),
@@ -89,7 +91,7 @@ def show_boards(config: Config) -> Show:
         text = "\n".join(
             side_by_side(puzzle, answer, solution, config.model.vocab_size)
             for puzzle, answer, solution in zip(
-                batch["puzzle"], filled, batch["solution"], strict=True
+                first["puzzle"][:SHOWN], filled, first["solution"][:SHOWN], strict=True
             )
         )
         (path / "boards.txt").write_text(text)

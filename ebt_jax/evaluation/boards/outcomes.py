@@ -132,8 +132,8 @@ def find_energies(
         return model.energy(params, context, candidate, jnp.int32(landscape))
 
     found: dict[str, list[np.ndarray]] = {}
-    for batch in batches:
-        batch = dict(batch)
+    for arrays in batches:
+        batch = {name: jnp.asarray(values) for name, values in arrays.items()}
         counts = np.asarray(batch["weights"]) > 0
         puzzle, solution = np.asarray(batch["puzzle"]), np.asarray(batch["solution"])
         logits = predict(params, batch, key, Thinking(steps))
@@ -150,7 +150,7 @@ def find_energies(
             energies = np.asarray(energy(params, batch, jnp.asarray(filled)))
             found.setdefault(name, []).append(energies[counts])
         found.setdefault("wrong", []).append((own != solution).any(axis=1)[counts])
-    return {name: np.concatenate(arrays) for name, arrays in found.items()}
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def corrupted(
