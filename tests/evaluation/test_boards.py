@@ -130,6 +130,7 @@ def test_methods_are_compared_over_seeds(tmp_path):
     line = next(row for row in table.splitlines() if row.startswith("ebt"))
     assert line.split()[1:3] == ["3", "75.0%"]
     assert "+50.0% (+4" in line and "75.0 75.0 75.0" in line
+    assert "100.0% (98.1 to 100.0)" in compare([write(tmp_path / "all-0", [1] * 200)])
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="has no boards/held_out.json; run `ebt eval"):
         compare([tmp_path / "bare"])

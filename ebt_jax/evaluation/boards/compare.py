@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ebt_jax.errors import UserError
-from ebt_jax.evaluation.boards.judge import RESAMPLES, aligned, shown
+from ebt_jax.evaluation.boards.judge import RESAMPLES, aligned, interval, shown
 
 FILE = Path("boards", "held_out.json")
 
@@ -97,7 +97,7 @@ def _table(band: str, methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> str
             [
                 name,
                 str(len(runs)),
-                shown(_number(solved[name].mean(), drawn[name])),
+                shown(_share(solved[name], drawn[name])),
                 " ".join(f"{100 * share:.1f}" for share in each),
                 _mean([run["thinking"][0] for run in found if "thinking" in run], "+"),
                 _mean(
@@ -117,6 +117,13 @@ def _table(band: str, methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> str
             ]
         )
     return f"{band} given\n{aligned(heads, rows)}"
+
+
+def _share(solved: np.ndarray, drawn: np.ndarray) -> list[float]:
+    """Of `[runs, boards]`; where nothing varies, as `judge.interval` has it."""
+    if drawn.min() == drawn.max():
+        return interval(np.random.default_rng(0), solved.mean(axis=0))
+    return _number(solved.mean(), drawn)
 
 
 def _number(mean: float, drawn: np.ndarray) -> list[float]:
