@@ -121,7 +121,7 @@ def _table(band: str, methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> str
 
 def _share(solved: np.ndarray, drawn: np.ndarray) -> list[float]:
     """Of `[runs, boards]`; where nothing varies, as `judge.interval` has it."""
-    if drawn.min() == drawn.max():
+    if np.ptp(drawn) < 1e-9:
         return interval(np.random.default_rng(0), solved.mean(axis=0))
     return _number(solved.mean(), drawn)
 
