@@ -7,8 +7,8 @@ see nothing else, so a feed-forward baseline is just another objective.
 Batches are dicts of arrays. Every modality has `weights` `[*batch]`, float, 0 where a
 prediction does not count (padding), and, for evaluation, `index` `[batch]`, an integer
 that names each sequence. `[*batch]` is `[batch, seq]` of text and video, where each
-place of a sequence is predicted, and `[batch]` of images. What else there is, the model
-knows.
+place of a sequence is predicted, and `[batch]` of images and boards. What else there
+is, the model knows.
 """
 
 from __future__ import annotations
@@ -167,6 +167,27 @@ class FeedForward(NamedTuple):
     predict: Callable[[PyTree, Batch], PyTree]
     loss: Callable[..., jax.Array]
     caching: Caching | None = None
+    measure: str = "nll"
+    measures: Callable[[PyTree, Batch], dict[str, jax.Array]] | None = None
+
+
+class Recurrent(NamedTuple):
+    """A model that predicts several times, each time from what it made before.
+
+    Attributes:
+      init: `(key) -> params`.
+      iterate: `(params, batch, count) -> candidates`, those of each pass, stacked
+        `[count, ...]`.
+      iterations: passes in training.
+      loss: `(candidate, batch, smoothing) -> [*batch]`.
+      measure: see `Objective`.
+      measures: as in `EnergyModel`.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    iterate: Callable[[PyTree, Batch, int], PyTree]
+    iterations: int
+    loss: Callable[..., jax.Array]
     measure: str = "nll"
     measures: Callable[[PyTree, Batch], dict[str, jax.Array]] | None = None
 

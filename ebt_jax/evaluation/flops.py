@@ -100,19 +100,22 @@ def analytic_flops(config: Config, params: PyTree, num_steps: float = 0) -> Flop
 
 
 def entries(config: Config) -> int:
-    """V: entries of a token's candidate, numbers in a frame or in a patch."""
+    """V: entries of a token's candidate, or a cell's, numbers in a frame or a patch."""
     model = config.model
     patch = model.patch * model.patch * model.channels
     return {
         "text": model.vocab_size,
         "video": model.frame_size,
         "image": patch,
+        "board": model.vocab_size,
     }[model.space]
 
 
 def tokens_per_sequence(config: Config) -> int:
-    """Tokens or frames of a sequence, or patches of an image."""
+    """Tokens or frames of a sequence, patches of an image, or cells of a board."""
     model = config.model
+    if model.space == "board":
+        return model.vocab_size**2
     if model.space != "image":
         return config.data.context
     return (model.image_size // model.patch) ** 2
@@ -137,8 +140,8 @@ def thinking_flops(
     attention = _keys(config) * model.width
     passes, contexts = 2 * gradients + energies, 0
     if model.kind != "ebt":
-        passes = 1.0
-    elif model.space == "image":
+        passes = model.iterations if model.kind == "recurrent" else 1.0
+    elif model.space in ("image", "board"):
         contexts = 0
     elif model.conditioning == "default":
         contexts = 1
@@ -157,7 +160,7 @@ def formula(config: Config) -> str:
     """The formula of `analytic_flops`, in the letters of the module's docstring."""
     contexts, candidates, vocabulary = (f"{m:g}" for m in multiples(config))
     twice = f"{2 * float(candidates):g}"
-    if config.model.kind != "ebt" or config.model.space == "image":
+    if config.model.kind != "ebt" or config.model.space in ("image", "board"):
         return f"{candidates} N + {twice} L S D + {vocabulary} V D"
     shared = f"{2 * float(contexts):g}"
     final = config.model.candidate_input == "final"
@@ -181,6 +184,8 @@ def _spared(config: Config, weights: int) -> tuple[float, int]:
 def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float]:
     """How many N of contexts, N of candidates and V D `analytic_flops` finds."""
     embedding = 4.0 if config.model.space == "video" else 0.0
+    if config.model.kind == "recurrent":
+        return 0.0, 6.0 * config.model.iterations, 6.0 * config.model.iterations
     if config.model.kind != "ebt":
         return 0.0, 6.0, 6.0 + embedding
     refine, last_only = config.refine, config.objective.loss_steps == "last"
@@ -190,7 +195,7 @@ def multiples(config: Config, num_steps: float = 0) -> tuple[float, float, float
         differentiated = 1.0
     constant = steps - differentiated
     contexts = 1 if config.model.conditioning == "default" else refine.num_landscapes
-    contexts = 0 if config.model.space == "image" else contexts
+    contexts = 0 if config.model.space in ("image", "board") else contexts
     learning = min(contexts, differentiated)
     vocabulary = 4 * constant + 10 * differentiated
     if refine.backprop == "per_step":

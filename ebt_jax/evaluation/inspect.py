@@ -75,7 +75,9 @@ def inspect(config: Config, memory_gib: float = 0) -> str:
     compiled = traced.lower().compile()
     rows, devices = config.train.batch_size, mesh.size
     length = tokens_per_sequence(config)
-    unit = "patches" if config.model.space == "image" else config.model.unit
+    unit = {"image": "patches", "board": "cells"}.get(
+        config.model.space, config.model.unit
+    )
     parts = batch_parts(mesh)
     more = scored_sequences(config, parts) - rows
     replayed = f", {more // parts} more of them replayed" if more else ""
@@ -148,7 +150,9 @@ def _flops(
     parts: int,
 ) -> str:
     tokens = scored_sequences(config, parts) * tokens_per_sequence(config)
-    unit = "patch" if config.model.space == "image" else config.model.unit[:-1]
+    unit = {"image": "patch", "board": "cell"}.get(
+        config.model.space, config.model.unit[:-1]
+    )
     needed = analytic_flops(config, params)
     lines = [
         f"FLOPs of a training step per {unit}",

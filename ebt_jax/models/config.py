@@ -25,21 +25,24 @@ class ModelConfig:
 
     Text and video are causal models of sequences; images a bidirectional one of
     patches, which has adaLN-zero blocks and leaves `conditioning`, `candidate_input`,
-    `norm` and `activation` alone.
+    `norm` and `activation` alone; boards one of cells, whose candidates are anchored.
     """
 
-    kind: str = "ebt"  # ebt | transformer_pp (text, video) | dit (image)
-    space: str = "text"  # what is predicted: text | video | image
+    kind: str = "ebt"  # ebt | transformer_pp | dit (image) | recurrent (board)
+    space: str = "text"  # what is predicted: text | video | image | board
     size: str = "4xs"  # 4xs | 3xs | xxs | xs | small | medium | large | xl
     num_layers: int = 0  # blocks; 0: the size's
     num_heads: int = 0  # attention heads; 0: the size's
     dim: int = 0  # width of the residual stream; 0: the size's
     ffn_multiplier: float = 1.0  # feed-forward hidden width / dim
-    vocab_size: int = 0  # entries of the candidate; 0: the tokenizer's
+    vocab_size: int = 0  # entries of the candidate; 0: tokenizer's, boards'
     frame_size: int = 0  # video: numbers in a frame; 0: the data's
     image_size: int = 0  # image: pixels, or latents, of a side; 0: the data's
     channels: int = 0  # image: numbers in a pixel; 0: the data's
     patch: int = 2  # image: pixels, or latents, of a patch's side
+    box_rows: int = 0  # board: rows of a box; 0: the boards'
+    box_columns: int = 0  # board: columns of a box; 0: the boards'
+    iterations: int = 4  # recurrent: passes through all blocks, in training
     condition: str = "none"  # image: none (a learnt vector) | caption
     condition_size: int = 0  # image: numbers in an encoded caption; 0: the data's
     num_landscapes: int = 0  # step embeddings; 0: refine.num_landscapes
@@ -93,8 +96,9 @@ class ModelConfig:
 
     @property
     def unit(self) -> str:
-        """What is counted: tokens, frames or images."""
-        return {"text": "tokens", "video": "frames", "image": "images"}[self.space]
+        """What is counted: tokens, frames, images or boards."""
+        units = {"text": "tokens", "video": "frames", "image": "images"}
+        return {**units, "board": "boards"}[self.space]
 
     @property
     def hidden(self) -> int:
@@ -103,8 +107,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("kind", ("ebt", "transformer_pp", "dit")),
-            ("space", ("text", "video", "image")),
+            ("kind", ("ebt", "transformer_pp", "dit", "recurrent")),
+            ("space", ("text", "video", "image", "board")),
             ("condition", ("none", "caption")),
             ("size", tuple(SIZES)),
             ("conditioning", ("default", "time_embed", "adaln", "adaln_zero")),
@@ -128,6 +132,8 @@ class ModelConfig:
             "frame_size",
             "image_size",
             "channels",
+            "box_rows",
+            "box_columns",
             "condition_size",
             "num_landscapes",
             "candidate_layers",
@@ -144,12 +150,21 @@ class ModelConfig:
                 f"model.image_size is {self.image_size}, which patches of model.patch "
                 f"{self.patch} do not divide; change one of them"
             )
-        baselines = {"text": "transformer_pp", "video": "transformer_pp"}
-        baseline = baselines[self.space] if self.space in baselines else "dit"
-        if self.kind not in ("ebt", baseline):
+        baselines = {"image": ("dit",), "board": ("transformer_pp", "recurrent")}
+        kinds = "ebt", *baselines.get(self.space, ("transformer_pp",))
+        if self.kind not in kinds:
             raise UserError(
-                f"model.kind is {self.kind!r}, but of {self.space} there are ebt and "
-                f"{baseline}"
+                f"model.kind is {self.kind!r}, but of {self.space} there are "
+                f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+            )
+        if self.iterations < 1:
+            raise UserError(
+                f"model.iterations is {self.iterations}, but has to be at least 1"
+            )
+        if self.space == "board" and self.conditioning.startswith("adaln"):
+            raise UserError(
+                f"model.conditioning is {self.conditioning!r}, but of boards there are "
+                "default and time_embed"
             )
         if self.attention_block < 0:
             raise UserError(

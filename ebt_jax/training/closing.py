@@ -31,6 +31,8 @@ MEASURES = {
     "smooth_l1": "held-out smooth L1",
     "mse": "held-out mean squared error",
     "psnr": "held-out PSNR (dB)",
+    "cell_accuracy": "held-out share of empty cells that are right",
+    "solved": "held-out share of boards that are solved",
 }
 
 
@@ -101,7 +103,8 @@ def close_run(
             numbers = {f"thinking/{name}/step_{i}": y for i, y in enumerate(curve, 1)}
             results = {**results, **numbers}
         if config.log.plots and first:
-            shown = "psnr" if "psnr" in curves else objective.measure
+            best = (name for name in ("psnr", "solved") if name in curves)
+            shown = next(best, objective.measure)
             label = MEASURES[shown]
             plotted.append(plots.thinking_curve(path, curves[shown], label))
     if config.eval.sample_tokens:
@@ -148,6 +151,11 @@ def lowest(path: Path, measure: str) -> dict[str, float]:
 
 def held_out_text(results: dict[str, float]) -> str:
     """The held-out numbers in words."""
+    if "eval/solved" in results:
+        return (
+            f"held-out boards solved {results['eval/solved']:.1%}, empty cells right "
+            f"{results['eval/cell_accuracy']:.1%}"
+        )
     if "eval/nll" in results:
         return (
             f"held-out nll {results['eval/nll']:.4f} nats per token (perplexity "

@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from ebt_jax.data.board_config import BoardConfig
 from ebt_jax.data.config import DataConfig
 from ebt_jax.data.vision_config import VisionConfig
 from ebt_jax.diffusion_config import DiffusionConfig
@@ -225,6 +226,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     vision: VisionConfig = VisionConfig()
+    board: BoardConfig = BoardConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
@@ -258,7 +260,7 @@ SECTIONS: dict[str, Any] = {
     field.name: type(field.default) for field in dataclasses.fields(Config)
 }
 # What runs of an earlier version were made without.
-ADDED_SECTIONS = {"replay", "diffusion", "vision"}
+ADDED_SECTIONS = {"replay", "diffusion", "vision", "board"}
 ADDED_KEYS = {
     "model": (
         "space",
@@ -270,6 +272,9 @@ ADDED_KEYS = {
         "condition_size",
         "candidate_layers",
         "landscape_scales",
+        "box_rows",
+        "box_columns",
+        "iterations",
     ),
     "refine": ("unit_gradient",),
     "optim": ("name",),

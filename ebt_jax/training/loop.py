@@ -370,7 +370,11 @@ def due(step: int, every: int) -> bool:
 
 def evaluation_line(step: int, row: dict[str, float]) -> str:
     """`step 250: held-out nll 2.310 | perplexity 10.07 | 3.333 bits per byte`."""
-    if "eval/nll" in row:
+    if "eval/solved" in row:
+        parts = [f"step {step}: held-out boards solved {row['eval/solved']:.1%}"]
+        parts.append(f"empty cells right {row['eval/cell_accuracy']:.1%}")
+        parts.append(f"nll {row['eval/nll']:.3f}")
+    elif "eval/nll" in row:
         parts = [f"step {step}: held-out nll {row['eval/nll']:.3f}"]
         parts.append(f"perplexity {row['eval/perplexity']:.2f}")
     else:

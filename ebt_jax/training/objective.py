@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from ebt_jax import models
 from ebt_jax.diffusion_objective import denoising
 from ebt_jax.errors import UserError
-from ebt_jax.interfaces import Batch, Denoiser, FeedForward, Objective
+from ebt_jax.interfaces import Batch, Denoiser, FeedForward, Objective, Recurrent
+from ebt_jax.iterated_objective import iterated
 from ebt_jax.objectives import feed_forward, refined
 from ebt_jax.refine import PyTree
 from ebt_jax.training.config import Config
@@ -34,7 +35,7 @@ def build_objective(
     Raises:
       UserError: for options that what is predicted does not have.
     """
-    if config.model.space != "text" and config.objective.label_smoothing:
+    if config.model.space in ("image", "video") and config.objective.label_smoothing:
         raise UserError(
             f"objective.label_smoothing is {config.objective.label_smoothing}, but "
             f"model.space is {config.model.space!r}, which has no labels; set it to 0"
@@ -44,10 +45,10 @@ def build_objective(
             f"replay.top_k is {config.replay.top_k}, which keeps the largest entries "
             f"of a distribution, but model.space is {config.model.space!r}; set it to 0"
         )
-    if config.model.space == "image" and config.mesh.seq != 1:
+    if config.model.space in ("image", "board") and config.mesh.seq != 1:
         raise UserError(
-            f"mesh.seq is {config.mesh.seq}, but images are no sequences that could "
-            "be split; set it to 1"
+            f"mesh.seq is {config.mesh.seq}, but {config.model.unit} are no sequences "
+            "that could be split; set it to 1"
         )
     model_config = config.model
     if config.mesh.model != 1:
@@ -60,6 +61,8 @@ def build_objective(
         return denoising(model, config.diffusion)
     if isinstance(model, FeedForward):
         return feed_forward(model, config.objective)
+    if isinstance(model, Recurrent):
+        return iterated(model, config.objective)
     kept = {n: s for n, s in batch_shapes(config).items() if n != "index"}
     return refined(model, config.refine, config.objective, config.replay, kept)
 
@@ -67,7 +70,8 @@ def build_objective(
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a training batch.
 
-    Arrays `[batch, seq, ...]`, of images `[batch, ...]`, and `index` `[batch]`.
+    Arrays `[batch, seq, ...]`, of images and boards `[batch, ...]`, and `index`
+    `[batch]`.
     """
     rows, length = config.train.batch_size, config.data.context
     index = jax.ShapeDtypeStruct((rows,), jnp.int32)
@@ -82,6 +86,10 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
             size = (rows, model.condition_size)
             shapes["caption"] = jax.ShapeDtypeStruct(size, jnp.float32)
         return {**shapes, "index": index}
+    if config.model.space == "board":
+        cells = jax.ShapeDtypeStruct((rows, config.model.vocab_size**2), jnp.int32)
+        weights = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        return {"puzzle": cells, "solution": cells, "weights": weights, "index": index}
     if config.model.space == "video":
         size = (rows, length, config.model.frame_size)
         frames = jax.ShapeDtypeStruct(size, jnp.float32)

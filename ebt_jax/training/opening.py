@@ -24,10 +24,10 @@ def check_setup(config: Config) -> Mesh:
     check_logging(config.log)
     mesh = make_mesh(config.mesh)
     check_batch(config.train, mesh, config.data.context)
-    if config.model.space == "image" and mesh.shape["seq"] > 1:
+    if config.model.space in ("image", "board") and mesh.shape["seq"] > 1:
         raise UserError(
-            f"mesh.seq is {mesh.shape['seq']}, but images are no sequences; set it to "
-            "1 and use mesh.data or mesh.fsdp"
+            f"mesh.seq is {mesh.shape['seq']}, but {config.model.unit} are no "
+            "sequences; set it to 1 and use mesh.data or mesh.fsdp"
         )
     check_replay(config.replay, config.train, mesh)
     return mesh
@@ -41,7 +41,7 @@ def introduction(config: Config, params: PyTree, mesh: Mesh) -> str:
     arranged = f" ({', '.join(axes)})" if axes else ""
     text = (
         f"model    {config.model.kind} {config.model.size}, {count:,} parameters\n"
-        f"data     {config.data.path}, {_per_step(config)} per step\n"
+        f"data     {_per_step(config)} per step\n"
         f"devices  {mesh.size} x {device.device_kind}{arranged}, jax "
         f"{jax.__version__}; the first step takes longer, it is compiled"
     )
@@ -51,12 +51,18 @@ def introduction(config: Config, params: PyTree, mesh: Mesh) -> str:
 def _per_step(config: Config) -> str:
     """What an update is made from."""
     batch, data, model = config.train.batch_size, config.data, config.model
+    if model.space == "board":
+        low, high = config.board.givens
+        cells = f"{model.vocab_size} x {model.vocab_size} cells"
+        return f"{batch} boards of {cells}, {low} to {high} of them given,"
     if model.space == "text":
-        return f"tokenizer {data.tokenizer}, {batch} x {data.context} tokens"
+        count = f"{batch} x {data.context} tokens"
+        return f"{data.path}, tokenizer {data.tokenizer}, {count}"
     if model.space == "video":
-        return f"{batch} x {data.context} frames of {model.frame_size} numbers"
+        numbers = f"frames of {model.frame_size} numbers"
+        return f"{data.path}, {batch} x {data.context} {numbers}"
     side = f"{model.image_size} x {model.image_size} x {model.channels}"
-    return f"{batch} images of {side} numbers"
+    return f"{data.path}, {batch} images of {side} numbers"
 
 
 def enable_compilation_cache() -> None:

@@ -36,7 +36,7 @@ def resolve(config: Config, vocab_size: int) -> Config:
             f"replay.top_k is {top_k}, but candidates have {model.vocab_size} entries, "
             "one for each of the vocabulary; set it to 0 to keep all of them"
         )
-    return _scheduled(config, model)
+    return scheduled(config, model)
 
 
 def resolve_vision(
@@ -90,7 +90,7 @@ def resolve_vision(
     model = dataclasses.replace(
         given, num_landscapes=config.refine.num_landscapes, **found
     )
-    return _scheduled(config, model)
+    return scheduled(config, model)
 
 
 def resolve_like(config: Config, other: Config) -> Config:
@@ -101,15 +101,23 @@ def resolve_like(config: Config, other: Config) -> Config:
       other: a resolved one, of the same data or not.
     """
     given = config.model
-    sizes = ("vocab_size", "frame_size", "image_size", "channels", "condition_size")
+    sizes = (
+        "vocab_size",
+        "frame_size",
+        "image_size",
+        "channels",
+        "condition_size",
+        "box_rows",
+        "box_columns",
+    )
     found = {name: getattr(given, name) or getattr(other.model, name) for name in sizes}
     model = dataclasses.replace(
         given, num_landscapes=config.refine.num_landscapes, **found
     )
-    return _scheduled(config, model)
+    return scheduled(config, model)
 
 
-def _scheduled(config: Config, model: ModelConfig) -> Config:
+def scheduled(config: Config, model: ModelConfig) -> Config:
     """With a resolved model, and a schedule as long as the run."""
     optim = dataclasses.replace(
         config.optim, schedule_steps=config.optim.schedule_steps or config.train.steps

@@ -73,6 +73,11 @@ PARAMETERS = (
     ("time_out/kernel", P(None, "fsdp")),  # [dim, dim]
     ("time_out/bias", P()),
     ("output/bias", P()),  # [2 patch patch channels]
+    # Of boards.
+    ("candidate_embed/embedding", P("model", "fsdp")),  # [digits, dim]
+    ("row_embed/embedding", P()),  # [digits, dim]
+    ("column_embed/embedding", P()),
+    ("box_embed/embedding", P()),
     ("step_size", P()),
     ("noise_std", P()),
 )

@@ -1,4 +1,4 @@
-"""What a run learns from: text, images or video, as the train loop sees them."""
+"""What a run learns from: text, pictures or boards, as the train loop sees them."""
 
 from __future__ import annotations
 
@@ -46,6 +46,10 @@ def open_task(config: Config) -> Task:
     """
     if config.model.space == "text":
         return _text(config)
+    if config.model.space == "board":
+        from ebt_jax.training.board_task import open_board_task
+
+        return open_board_task(config)
     # Pictures need packages that text does not.
     from ebt_jax.training.vision_task import open_vision_task
 
@@ -60,6 +64,10 @@ def resolved(config: Config) -> Config:
     Raises:
       UserError: as `open_task`.
     """
+    if config.model.space == "board":
+        from ebt_jax.training.board_task import resolve_board
+
+        return resolve_board(config)
     if config.model.space == "text":
         return resolve(config, tokenizers.load(config.data.tokenizer).vocab_size)
     return open_task(config).config

@@ -9,7 +9,12 @@ from absl import flags
 
 from ebt_jax.command import Flag, Verb
 from ebt_jax.errors import UserError
-from ebt_jax.verbs import evaluate_judgement, evaluate_tasks, evaluate_vision
+from ebt_jax.verbs import (
+    evaluate_board,
+    evaluate_judgement,
+    evaluate_tasks,
+    evaluate_vision,
+)
 from ebt_jax.verbs.common import (
     CHECKPOINT,
     COUNT,
@@ -47,6 +52,9 @@ def run(values: flags.FlagValues) -> None:
     from ebt_jax.training.workdir import open_workdir
 
     path, config = open_workdir(workdir)
+    if config.model.space == "board":
+        evaluate_vision.check_space(values, "board")
+        return evaluate_board.run(values, path, config, thinking)
     if config.model.space != "text":
         return evaluate_vision.run(values, path, config, thinking)
     evaluate_vision.check_space(values, "text")
@@ -126,11 +134,12 @@ def _ensemble(values: flags.FlagValues, trained: Trained) -> Trained:
 
 
 VERB = Verb(
-    summary="score text, images or video: losses, energies, tables",
+    summary="score text, images, video or boards: losses, energies, tables",
     details="Scores what the run has held out, or any text, or benchmark tasks: --task "
     "writes\nthe scores of each item to WORKDIR/tasks, --uncertainty and "
     "--verification to\nfolders of their names, for `ebt report`. Of images PSNR, MSE, "
-    "SSIM and L1\nagainst forward passes. The batch size changes no result.\n\n"
+    "SSIM and L1\nagainst forward passes. Of boards how many are solved, by givens, "
+    "steps and\nattempts. The batch size changes no result.\n\n"
     "The tasks arithmetic, arithmetic_far, dyck and dyck_far are made, as the text of\n"
     "the run is or as --data says. Of tasks --think takes several, apart by semicolons."
     "\n\n" + DETAILS,
@@ -159,6 +168,7 @@ VERB = Verb(
         *evaluate_judgement.FLAGS,
         *evaluate_tasks.FLAGS,
         *evaluate_vision.FLAGS,
+        *evaluate_board.FLAGS,
         Flag("json", "prints one line of JSON", False, flags.DEFINE_boolean),
     ),
 )

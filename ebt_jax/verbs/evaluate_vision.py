@@ -13,7 +13,7 @@ from absl import flags
 
 from ebt_jax.command import Flag
 from ebt_jax.errors import UserError
-from ebt_jax.verbs import evaluate_judgement
+from ebt_jax.verbs import evaluate_board, evaluate_judgement
 from ebt_jax.verbs.common import COUNT, plain, results_folder, results_table
 from ebt_jax.verbs.model import Spread, load_resolved, parse_mesh
 from ebt_jax.verbs.thinking import check_thinks
@@ -38,6 +38,7 @@ FLAGS = (
 _OF = {
     "image": ("noise_levels", "passes", "probe", "fid", "retrieval"),
     "video": ("horizons",),
+    "board": tuple(flag.name for flag in evaluate_board.FLAGS),
     "text": ("text_key", "packing", *(flag.name for flag in evaluate_judgement.FLAGS)),
 }
 LEAST_STEPS = 3  # refinement steps that a table goes up to, at least

@@ -44,6 +44,11 @@ def run(values: flags.FlagValues) -> None:
 
     path, config = open_workdir(workdir)
     check_thinks(values.think, thinking, config)
+    if config.model.space == "board":
+        raise UserError(
+            "the run is of boards, which are not continued; look at its boards.txt, or "
+            "let `ebt evaluate` fill others"
+        )
     if config.model.space != "text":
         return generate_vision.run(values, path, config, thinking)
     if values.out is not None:

@@ -25,6 +25,8 @@ def run(values: flags.FlagValues) -> None:
         tokenizer=values.tokenizer,
         text_key=values.text_key,
     )
+    if config.model.space == "board":
+        raise UserError("boards are made while a run reads them; there is no need to")
     if config.model.space == "text":
         if values.process_count > 1 or values.process_index:
             raise UserError(

@@ -71,13 +71,17 @@ def check_thinks(text: str | None, thinking: Thinking, config: Config) -> None:
       UserError: for a model that predicts in one pass, and for a test of convergence
         that no step is left for.
     """
-    from ebt_jax.thinking import check_thinking
+    from ebt_jax.thinking import Thinking, check_thinking
 
     if text is None:
         return
+    if config.model.kind == "recurrent" and thinking == Thinking(thinking.num_steps):
+        return
     if config.model.kind != "ebt":
+        more = config.model.kind == "recurrent"
+        does = "takes no policy but fixed" if more else "predicts in one pass"
         raise UserError(
-            f"the run's model is a {config.model.kind}, which predicts in one pass; "
+            f"the run's model is a {config.model.kind}, which {does}; "
             f"leave out --think={text}"
         )
     landscapes = config.refine.num_landscapes

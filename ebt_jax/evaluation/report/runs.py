@@ -192,21 +192,21 @@ def thinking_curve(run: Run) -> list[float]:
 
 
 def measure(run: Run) -> str:
-    """What a run's held-out loss is: `nll` of text, else `smooth_l1`."""
-    return "nll" if space(run) == "text" else "smooth_l1"
+    """What a run's held-out loss is: `nll` of text and boards, else `smooth_l1`."""
+    return "nll" if space(run) in ("text", "board") else "smooth_l1"
 
 
 def units(runs: Sequence[Run]) -> str:
-    """What is counted in runs: tokens, frames or images."""
-    names = {"text": "tokens", "video": "frames", "image": "images"}
+    """What is counted in runs: tokens, frames, images or boards."""
+    names = {"text": "tokens", "video": "frames", "image": "images", "board": "boards"}
     return " or ".join(dict.fromkeys(names[space(run)] for run in runs))
 
 
 def space(run: Run) -> str:
-    """What a run predicts: text, video or image."""
+    """What a run predicts: text, video, image or board."""
     known = "model.space" in run.settings  # older runs say nothing of it
     found = run.settings["model.space"] if known else "text"
-    return found if found in ("video", "image") else "text"
+    return found if found in ("video", "image", "board") else "text"
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -57,6 +57,8 @@ def results(runs: Sequence[Run]) -> list[Section]:
         "held-out smooth L1": _result(runs, "eval/smooth_l1"),
         "PSNR, dB": _result(runs, "eval/psnr"),
         "perplexity": _result(runs, "eval/perplexity"),
+        "boards solved": _result(runs, "eval/solved"),
+        "empty cells right": _result(runs, "eval/cell_accuracy"),
         "bits per byte": _result(runs, "eval/bits_per_byte"),
         "energy, before": _result(runs, "eval/energy_before"),
         "energy, after": _result(runs, "eval/energy_after"),

@@ -20,7 +20,7 @@ from ebt_jax.evaluation.analysis import (
     trace,
     trace_feed_forward,
 )
-from ebt_jax.interfaces import Denoiser, EnergyModel, FeedForward
+from ebt_jax.interfaces import Denoiser, EnergyModel, FeedForward, Recurrent
 from ebt_jax.refine import make_schedule
 from ebt_jax.thinking import Thinking
 from ebt_jax.training import checkpoint
@@ -117,7 +117,7 @@ def think_over(
     params = checkpoint.load_params(path, step, config)
     batch = held_out_batch(config, tokenizer, tokens)
     model = models.build(config.model)
-    assert not isinstance(model, Denoiser)  # of text there is none
+    assert not isinstance(model, Denoiser | Recurrent)  # of text there are none
     key = jax.random.key(config.eval.seed)
     top = min(TOP, config.model.vocab_size)
     if isinstance(model, FeedForward):

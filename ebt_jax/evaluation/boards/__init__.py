@@ -1,0 +1,1 @@
+"""What a model makes of boards of Sudoku, and what its energies are worth."""
