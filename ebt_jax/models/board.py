@@ -176,7 +176,7 @@ def hidden_cells(config: ModelConfig, params: PyTree, x: jax.Array) -> jax.Array
     """Cells `[batch, cells, dim]` after all blocks, normalised."""
     count = x.shape[1]
     places = jnp.zeros((count,))  # of rotary positions: embeddings tell where a cell is
-    x, _ = run_blocks(config, params, x, places, _all(count), None)
+    x, _ = run_blocks(config, params["blocks"], x, places, _all(count), None)
     return apply(_final_norm(config), params, "final_norm", x)
 
 
