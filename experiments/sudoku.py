@@ -35,10 +35,10 @@ ones with 10 to 14 given):
         (but no --think and --most_steps of transformer_pp)
     python -m ebt_jax.evaluation.boards.compare DIR DIR ...
 
-    METHOD          easy              hard, 3 steps     hard, 16 steps    best of 8
-    ebt             99.9  99.8  99.9  40.2  38.5  35.1  84.0  77.4  86.1  96.5  94.9  97.3
-    recurrent       99.2  97.7  99.6  17.2  14.1  28.5  62.9  59.8  73.4  -
-    transformer_pp  59.4  57.0  57.0  -                  0.0   0.0   0.0  -
+    METHOD          easy            hard, 3 steps   hard, 16 steps  best of 8
+    ebt             99.9 99.8 99.9  40.2 38.5 35.1  84.0 77.4 86.1  96.5 94.9 97.3
+    recurrent       99.2 97.7 99.6  17.2 14.1 28.5  62.9 59.8 73.4  -
+    transformer_pp  59.4 57.0 57.0  -                0.0  0.0  0.0  -
 
 Hard boards after three steps, as trained, and after 16: what a step concludes is what
 the next one starts from. An update costs 36 N (ebt), 18 N (recurrent) and 6 N FLOPs,
