@@ -17,13 +17,42 @@ Words, joined by commas after the colon:
                     and any number of them after training
     transformer_pp  the same blocks, one pass
     recurrent       the same blocks, 3 passes, each of which is scored
-    2x2             boards of 4 x 4 cells; quick, and too easy to tell methods apart
+    2x2             boards of 4 x 4 cells
     2x3             of 6 x 6
     3x3             of 9 x 9 (the default)
     size=SIZE       4xs, 3xs, xxs, xs, small, medium, large or xl; else 3 layers of 64
     step_size=X     initial step size, with a learning rate of 3 X peak_lr
     quickstart      6 x 6 cells, minutes on a laptop
     tiny            seconds; for tests
+
+Measured (jax 0.10.2, CPU, `quickstart`: 1,000 updates of 32 boards with 18 to 26 of 36
+cells given; percent solved of 256 such boards that no run has seen, and of 256 hard
+ones with 10 to 14 given):
+
+    ebt train --config=experiments/sudoku.py:quickstart,METHOD --workdir=DIR
+        --config.train.seed=SEED
+    ebt evaluate --workdir=DIR --sequences=256 --think=fixed:steps=16 --most_steps=16
+        (but no --think and --most_steps of transformer_pp)
+    python -m ebt_jax.evaluation.boards.compare DIR DIR ...
+
+    METHOD          easy            hard, 3 steps   hard, 16 steps  best of 8
+    ebt             99.9 99.8 99.9  40.2 38.5 35.1  84.0 77.4 86.1  96.5 94.9 97.3
+    recurrent       99.2 97.7 99.6  17.2 14.1 28.5  62.9 59.8 73.4  -
+    transformer_pp  59.4 57.0 57.0  -                0.0  0.0  0.0  -
+
+Hard boards after three steps, as trained, and after 16: what a step concludes is what
+the next one starts from. An update costs 36 N (ebt), 18 N (recurrent) and 6 N FLOPs,
+and by the CPU clock 0.16, 0.13 (of four passes) and 0.02 seconds: at equal time, not
+equal updates, the baselines would have come further. Only the energy model can check
+itself: the solution has a lower energy than each wrong answer of its own, so of eight
+attempts that of lowest energy is right wherever any of them is.
+
+Pilots of 400 updates, one seed, percent of 256 hard boards after 12 steps: as above 31;
+with 2 to 4 steps 34; backprop=full 26; starts of zeros 15; step size 1000 4;
+backprop=truncated and the last of 2 to 4 steps scored 2. The paper (ICLR version, 9 x 9
+cells) has 0.03, 17.7 and 29.7 for a feed-forward network, a recurrent one and an EBT.
+With 9 x 9 cells no more than 300 updates were tried here, after which no board is
+solved.
 """
 
 from __future__ import annotations

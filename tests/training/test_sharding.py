@@ -141,6 +141,7 @@ def variants():
     for kind in ("ebt", "dit"):
         for told in (0, 8):
             yield ModelConfig(**image_fields(kind, told))
+    yield ModelConfig(space="board", box_rows=16, box_columns=16)
 
 
 def image_fields(kind, told=0):
