@@ -13,7 +13,7 @@ from absl import flags
 
 from ebt_jax.command import Flag
 from ebt_jax.errors import UserError
-from ebt_jax.verbs.common import POSITIVE, plain, results_folder, results_table
+from ebt_jax.verbs.common import COUNT, POSITIVE, plain, results_folder, results_table
 from ebt_jax.verbs.model import Loaded, Spread, load_resolved, parse_mesh
 from ebt_jax.verbs.thinking import check_thinks
 
@@ -25,6 +25,9 @@ ATTEMPTS = 8  # at each board, of an energy model
 STEPS = 8  # of the curve, at least
 FLAGS = (
     Flag("givens", "boards: ranges of cells given, as 24-30,36-50; else the config's"),
+    Flag(
+        "board_seed", "boards: of other held-out ones; else the config's", None, COUNT
+    ),
     Flag("attempts", f"boards: at each, else {ATTEMPTS}", None, POSITIVE),
     Flag("most_steps", f"boards: steps of the curve, else {STEPS}", None, POSITIVE),
 )
@@ -64,8 +67,16 @@ def run(
     check_thinks(values.think, thinking, config)
     bands = _bands(values.givens, config)
     config = dataclasses.replace(config, mesh=parse_mesh(values.mesh))
+    if values.board_seed is not None:
+        board = dataclasses.replace(config.board, seed=values.board_seed)
+        config = dataclasses.replace(config, board=board)
     loaded = load_resolved(path, config, values.checkpoint)
-    about = {"workdir": str(path), "checkpoint": loaded.step, "think": values.think}
+    about = {
+        "workdir": str(path),
+        "checkpoint": loaded.step,
+        "think": values.think,
+        "board_seed": config.board.seed,
+    }
     judged: dict[str, Any] = {}
     lines = []
     for low, high in bands:
