@@ -9,10 +9,16 @@ import pytest
 from tiny import QUICK
 
 from ebt_jax import models
+from ebt_jax.errors import UserError
 from ebt_jax.interfaces import Draws, EnergyModel, FeedForward
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.models.text import cross_entropy
-from ebt_jax.objective_config import MIN_STEP_SIZE, ObjectiveConfig, RefineSetup
+from ebt_jax.objective_config import (
+    MIN_STEP_SIZE,
+    ObjectiveConfig,
+    RefineSetup,
+    step_weight,
+)
 from ebt_jax.objectives import feed_forward, refined
 from ebt_jax.randomness import normal
 from ebt_jax.refine import Schedule
@@ -408,3 +414,40 @@ def test_feed_forward_ignores_padding():
     a = gradient(objective.init(KEY), batch, KEY)
     b = gradient(objective.init(KEY), {**batch, "targets": targets}, KEY)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+@pytest.mark.parametrize("loss_steps", ["all", "last", "rising"])
+def test_steps_weigh_1_together_and_none_that_is_not_taken(loss_steps, length):
+    config = ObjectiveConfig(loss_steps=loss_steps)
+    weights = np.asarray(step_weight(config, jnp.arange(5), length))
+    expected = {"all": np.ones(length), "rising": np.arange(1, length + 1)}
+    wanted = expected[loss_steps] if loss_steps in expected else np.eye(length)[-1]
+    np.testing.assert_allclose(weights[:length], wanted / wanted.sum(), rtol=1e-6)
+    assert not weights[length:].any()
+
+
+def test_an_amortised_start_is_scored_like_a_step_and_thought_from():
+    guess = lambda params, context: 3.0 * context
+    model = TOY._replace(guess=guess)
+    setup = dataclasses.replace(SETUP, initial_candidate="amortised")
+    objective = refined(model, setup, ObjectiveConfig())
+    params, batch = objective.init(KEY), make_batch()
+    total, metrics = objective.loss(params, batch, KEY)
+    start = guess(params, model.encode_context(params, batch))
+    mean = (cross_entropy(start, batch) * WEIGHTS).sum() / WEIGHTS.sum()
+    np.testing.assert_allclose(metrics["nll_start"], mean, rtol=1e-6)
+    given = refined(TOY, SETUP, ObjectiveConfig())
+    rest, _ = given.loss(params, batch, KEY, Draws(candidate=start))
+    np.testing.assert_allclose(total, (mean + 3 * rest) / 4, rtol=1e-6)
+    other = objective.predict(params, batch, jax.random.key(5), AS_TRAINED)
+    np.testing.assert_array_equal(
+        objective.predict(params, batch, KEY, AS_TRAINED), other
+    )
+
+
+def test_an_amortised_start_of_a_model_without_one():
+    setup = dataclasses.replace(SETUP, initial_candidate="amortised")
+    message = "'amortised', but of this model there are noise, zeros"
+    with pytest.raises(UserError, match=message):
+        refined(TOY, setup, ObjectiveConfig())

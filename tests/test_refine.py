@@ -42,6 +42,29 @@ def softmax(x):
     return exp / exp.sum(-1, keepdims=True)
 
 
+@pytest.mark.parametrize("step_size", [0.3, 4.0])
+def test_unit_gradients_make_steps_as_long_as_the_step_size(step_size):
+    config = RefineConfig(num_steps=1, unit_gradient=True)
+    params, context, start = problem()
+    after = run(config, step_size=step_size).candidate
+    length = jnp.sqrt(jnp.sum(jnp.square(after - start), axis=-1))
+    np.testing.assert_allclose(length, step_size, rtol=1e-5)
+    along = gradient_at(params, context, start, 0)
+    cosine = jnp.sum((start - after) * along, axis=-1)
+    cosine /= length * jnp.sqrt(jnp.sum(jnp.square(along), axis=-1))
+    np.testing.assert_allclose(cosine, 1.0, rtol=1e-5)
+
+
+def test_unit_gradients_of_nothing_are_nothing_also_to_their_derivative():
+    def total(candidate):
+        flat = lambda params, context, c, landscape: 0.0 * c.sum(-1)
+        config = RefineConfig(num_steps=2, unit_gradient=True, backprop="full")
+        return run(config, energy=flat, candidate=candidate).candidate.sum()
+
+    start = jnp.ones((BATCH, DIM))
+    np.testing.assert_array_equal(jax.grad(total)(start), start)
+
+
 # Closed forms.
 
 

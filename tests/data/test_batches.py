@@ -282,6 +282,12 @@ def test_without_shuffling_sequences_come_in_order(config):
     assert [int(row["index"]) for row in found] == list(range(20))
 
 
+def test_training_on_the_first_tokens_alone(config):
+    config = dataclasses.replace(config, train_tokens=3 * config.context + 1)
+    found = rows(itertools.islice(train(config), 6))
+    assert {int(row["index"]) for row in found} == {0, 1, 2}
+
+
 def test_without_repeat_an_epoch_ends_and_its_remainder_is_dropped(config):
     count = len(held_out(config, split="train", batch_size=1))
     batches = list(train(dataclasses.replace(config, repeat=False), batch_size=7))

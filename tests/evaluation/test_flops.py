@@ -70,9 +70,14 @@ SYSTEM_2 = {
 }
 
 
-def config(loss_steps="all", *, kind="ebt", **refine):
+LIGHT = {"candidate_input": "final", "candidate_layers": 1}
+TRUNK = {"candidate_input": "anchored", "candidate_layers": 1}
+
+
+def config(loss_steps="all", *, kind="ebt", start=None, **refine):
     conditioning = "default" if "num_landscapes" not in refine else "time_embed"
     model = ModelConfig(
+        **(start or {}),
         kind=kind,
         num_layers=LAYERS,
         num_heads=2,
@@ -122,6 +127,16 @@ def counted(config):
             "all",
             {"num_steps": 2, "num_landscapes": 2},
             "12 (N - M) + 24 N + (24 (L - 1) + 48 L) S D + 16 V D",
+        ),
+        (
+            "all",
+            {"num_steps": 1, "start": LIGHT},
+            "6 N + 12 N K / L + (12 L + 24 K) S D + 10 V D",
+        ),
+        (
+            "all",
+            {"num_steps": 1, "start": TRUNK},
+            "6 (N - M) + 12 N K / L + (12 (L - 1) + 24 K) S D + 10 V D",
         ),
         # Noise parts a step's result from the next step's candidate.
         (
@@ -209,6 +224,8 @@ def test_blocks_of_keys_that_no_query_sees_are_passed_over():
         ("all", {"num_steps": 2, "num_landscapes": 2}),
         ("last", {"num_steps": 3}),
         ("last", SYSTEM_2),
+        ("all", {"num_steps": 1, "start": LIGHT}),
+        ("rising", {"num_steps": 2, "start": TRUNK}),
     ],
 )
 def test_the_program_computes_what_the_formula_says(loss_steps, values):
@@ -226,6 +243,7 @@ def test_the_program_computes_what_the_formula_says(loss_steps, values):
         ({"num_steps": 2}, Thinking(4), 4, 0),
         ({"num_steps": 2, "num_landscapes": 2}, Thinking(best_of=3), 6, 3),
         ({"num_steps": 2}, Thinking(best_of=2, by="drop"), 4, 4),
+        ({"num_steps": 1, "start": LIGHT}, Thinking(2), 2, 0),
     ],
 )
 def test_thinking_computes_what_its_formula_says(values, thinking, gradients, energies):

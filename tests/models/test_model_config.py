@@ -22,7 +22,8 @@ from ebt_jax.models.config import SIZES, ModelConfig
         ),
         (
             {"candidate_input": "both"},
-            "model.candidate_input is 'both', but has to be one of embedding, anchored",
+            "model.candidate_input is 'both', but has to be one of embedding, "
+            "anchored, final",
         ),
         (
             {"norm": "batch"},
@@ -72,6 +73,26 @@ from ebt_jax.models.config import SIZES, ModelConfig
             "model.candidate_input is 'anchored', which has no step token, but "
             "model.conditioning is 'time_embed'; set it to 'default', 'adaln' or "
             "'adaln_zero'",
+        ),
+        (
+            {"candidate_input": "final"},
+            "model.candidate_input is 'final', which has no step token, but "
+            "model.conditioning is 'time_embed'; set it to 'default'",
+        ),
+        (
+            {"candidate_input": "final", "conditioning": "adaln"},
+            "model: candidates start from a hidden state that all landscapes share, "
+            "but model.conditioning is 'adaln'; set it to 'default'",
+        ),
+        (
+            {"candidate_layers": 3},
+            "model.candidate_layers is 3, but there are 2 blocks; lower it, or 0 for",
+        ),
+        (
+            {"candidate_layers": 1},
+            "model.candidate_layers is 1, which leaves blocks to the context alone, "
+            "but model.candidate_input is 'embedding', which knows nothing of them; "
+            "set it to 'anchored' or 'final'",
         ),
     ],
 )

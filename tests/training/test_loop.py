@@ -128,6 +128,14 @@ def leave_behind(path):
         lines.write('{"step": 8, "train/lo')
 
 
+def test_the_lowest_held_out_loss_is_kept(straight):
+    path, _, _ = straight
+    losses = {r["step"]: r["eval/nll"] for r in metrics(path) if "eval/nll" in r}
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["lowest/nll"] == min(losses.values())
+    assert losses[summary["lowest/step"]] == summary["lowest/nll"]
+
+
 def test_a_finished_run_says_so(straight, toy, capsys):
     path, result, _ = straight
     fake = toy.bigram()

@@ -128,3 +128,39 @@ def test_groups_cover_every_parameter_once(refine):
     assert groups["noise_std"] == ("weights" if learnt else "fixed")
     del groups["step_size"], groups["noise_std"]
     assert set(jax.tree.leaves(groups)) == {"weights"}
+
+
+def test_muon_moves_matrices_along_orthogonal_directions_as_long_as_adams():
+    """Each layer's and each part's matrix is one; all else moves as with AdamW."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    params = {
+        "blocks": {
+            "qkv": {"kernel": draw(2, 12, 3, 8)},
+            "norm": {"scale": draw(2, 12)},
+        },
+        "embed": {"embedding": draw(5, 12)},
+        "step_size": jnp.float32(5.0),
+        "noise_std": jnp.float32(0.0),
+    }
+    gradient = jax.tree.map(lambda x: draw(*x.shape), params)
+    config = dataclasses.replace(CONFIG, weight_decay=0.0, warmup_steps=0)
+    muon = dataclasses.replace(config, name="muon")
+    after = one_update(muon, LEARNT, gradient, params)
+    plain = one_update(config, LEARNT, gradient, params)
+    kernel = lambda tree: np.asarray(tree["blocks"]["qkv"]["kernel"])
+    rate = float(learning_rates(muon)["weights"](0))
+    moved = (kernel(after) - kernel(params)) / rate
+    for layer in range(2):
+        for part in range(3):
+            sizes = np.linalg.svd(moved[layer, :, part], compute_uv=False)
+            # Newton-Schulz leaves singular values near 1, here times 0.2 sqrt(12).
+            assert (abs(sizes / (0.2 * 12**0.5) - 1) < 0.5).all()
+    others = lambda tree: {**tree, "blocks": tree["blocks"]["norm"]}
+    for a, b in zip(*map(jax.tree.leaves, (others(after), others(plain))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_an_unknown_optimiser_is_refused():
+    with pytest.raises(UserError, match="optim.name is 'sgd', but has to be one of"):
+        OptimConfig(name="sgd")
