@@ -330,6 +330,8 @@ def from_json(text: str) -> Config:
     for name in ADDED_SECTIONS - tree.keys():
         tree[name] = dataclasses.asdict(SECTIONS[name]())
     for name, keys in ADDED_KEYS.items():
+        if name not in tree:
+            continue  # which is found out below
         defaults = dataclasses.asdict(SECTIONS[name]())
         tree[name] = {key: defaults[key] for key in keys} | tree[name]
     return from_config_dict(tree)

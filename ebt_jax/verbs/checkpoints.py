@@ -111,7 +111,7 @@ def _verify(path: Path, steps: list[int]) -> int:
 
 
 VERB = Verb(
-    summary="list, verify, export or pack the checkpoints of a run",
+    summary="list, check, export or pack those of a run",
     details="list    step, time, size, held-out nll, and what is wrong if anything is\n"
     "verify  every file against the sums made when it was saved; exit code 1 and a\n"
     "        line for each damage\n"

@@ -134,7 +134,7 @@ def variants():
     for conditioning in ("default", "time_embed", "adaln", "adaln_zero"):
         for norm in ("rms", "layer", "dyt", "none"):
             yield ModelConfig(conditioning=conditioning, norm=norm)
-    yield ModelConfig(tied_embedding=True)
+    yield ModelConfig(tied_embedding=True, landscape_scales=True)
     yield ModelConfig(kind="transformer_pp")
     for kind in ("ebt", "transformer_pp"):
         yield ModelConfig(kind=kind, space="video", frame_size=8)
