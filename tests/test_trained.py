@@ -43,8 +43,9 @@ def test_a_card_has_the_numbers_of_the_file(name):
     """Held-out numbers in the table are those in the file, to the digits shown."""
     found, text = packed.read(FILES[name]), (FOLDER / "README.md").read_text()
     (row,) = re.findall(rf"^\| `{re.escape(FILES[name].name)}` .*$", text, re.M)
-    key = "eval/psnr" if "eval/psnr" in found.results else "eval/nll"
-    assert f" {found.results[key]:.2f}" in row
+    forms = {"eval/psnr": "{:.2f} dB", "eval/solved": "{:.1%}", "eval/nll": "{:.2f}"}
+    key = next(name for name in forms if name in found.results)
+    assert f" {forms[key].format(found.results[key])}" in row
     size = FILES[name].stat().st_size / 1e6
     assert f" {size:.2f} MB" in row
 

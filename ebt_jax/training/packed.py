@@ -161,12 +161,25 @@ def describe(packed: Packed, size: int) -> str:
         "model": f"{config.model.kind} {config.model.size} of {config.model.space}, "
         f"{count:,} parameters in {packed.dtype}, {size / 1e6:.2f} MB",
         "trained": f"{packed.step} steps of {config.train.batch_size} on "
-        f"{config.data.path}, seed {config.train.seed}",
+        f"{_data_of(config)}, seed {config.train.seed}",
         "note": packed.note,
     }
-    shown = ("eval/nll", "eval/perplexity", "eval/smooth_l1", "eval/psnr")
+    shown = (
+        "eval/nll",
+        "eval/perplexity",
+        "eval/smooth_l1",
+        "eval/psnr",
+        "eval/solved",
+    )
     lines |= {k: f"{packed.results[k]:.4f}" for k in shown if k in packed.results}
     return "\n".join(f"{name:<18}{text}" for name, text in lines.items() if text)
+
+
+def _data_of(config: Config) -> str:
+    """What a model was trained on, in words."""
+    if config.model.space == "board":
+        return f"boards of {config.board.digits} x {config.board.digits}, made"
+    return config.data.path
 
 
 def _stored(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
