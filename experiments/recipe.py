@@ -30,7 +30,7 @@ from typing import Any
 
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES
-from ebt_jax.training.presets import PEAK_LR
+from ebt_jax.training.presets import LEAN, PEAK_LR
 
 ROUNDS = (125, 500)  # updates; a third of the arms goes on after each
 KEPT = 3  # one of so many
@@ -176,18 +176,14 @@ def _run(
     folder = "final" if final else f"round-{steps}"
     return {
         "config": f"experiments/text.py:fidelity,{words},size={size}",
+        **LEAN,
         **{f"config.{key}": value for key, value in changes.items()},
         "config.optim.peak_lr": PEAK_LR[size] * float(rate),
         "config.optim.warmup_steps": max(1, min(100, steps // 5)),
         "config.train.steps": steps,
         "config.train.seed": seed,
-        "config.eval.every": 0,
         "config.eval.sequences": 8 if tiny else 832,
         "config.eval.curve_steps": 8 if final and "transformer" not in arm else 0,
-        "config.eval.sample_tokens": 0,
-        "config.checkpoint.every": 0,
-        "config.log.plots": False,
-        "config.log.tensorboard": False,
         "workdir": f"{into}/{folder}/{name}" + (f"-{seed}" if final else ""),
     }
 

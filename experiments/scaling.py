@@ -54,6 +54,7 @@ from typing import Any, NamedTuple
 
 from ebt_jax.command import suggest
 from ebt_jax.errors import UserError
+from ebt_jax.training.presets import LEAN
 
 METHODS = ("transformer_pp", "light", "anchored", "s1")
 FURTHER = {  # flags of a method besides its word
@@ -130,6 +131,7 @@ def run(method: str, point: Point, seed: int, tiny: bool = False) -> dict[str, A
     further = FURTHER[method] if method in FURTHER else {}
     return {
         "config": f"experiments/text.py:fidelity,{method}",
+        **LEAN,
         "workdir": f"runs/{folder}/{method}/{name}",
         **further,
         "config.model.num_layers": layers,
@@ -140,11 +142,5 @@ def run(method: str, point: Point, seed: int, tiny: bool = False) -> dict[str, A
         "config.train.seed": seed,
         "config.optim.peak_lr": PEAK_LR,
         "config.optim.warmup_steps": min(WARMUP, steps // 5),
-        "config.eval.every": 0,
         "config.eval.sequences": 32 if tiny else 512,
-        "config.eval.curve_steps": 0,
-        "config.eval.sample_tokens": 0,
-        "config.checkpoint.every": 0,
-        "config.log.plots": False,
-        "config.log.tensorboard": False,
     }

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES
-from ebt_jax.training.presets import PEAK_LR
+from ebt_jax.training.presets import LEAN, PEAK_LR
 
 METHODS = ("transformer_pp", "light")
 TOKENS = (65_536, 262_144, 1_048_576)
@@ -103,6 +103,7 @@ def _run(
         changes |= {"model.dim": 16, "model.num_heads": 2}
     return {
         "config": f"experiments/text.py:fidelity,{method},size={plan.size}",
+        **LEAN,
         **{f"config.{key}": value for key, value in changes.items()},
         "config.data.train_tokens": tokens,
         "config.optim.peak_lr": 2 * PEAK_LR[plan.size],
@@ -111,11 +112,6 @@ def _run(
         "config.train.seed": seed,
         "config.eval.every": max(1, plan.updates // 10),
         "config.eval.sequences": 8 if plan.tiny else 512,
-        "config.eval.curve_steps": 0,
-        "config.eval.sample_tokens": 0,
-        "config.checkpoint.every": 0,
-        "config.log.plots": False,
-        "config.log.tensorboard": False,
         "workdir": f"{plan.into}/{folder}/{method}-{tokens}-{regulariser}-{seed}",
     }
 

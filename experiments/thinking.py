@@ -31,7 +31,7 @@ from typing import Any
 
 from ebt_jax.errors import UserError
 from ebt_jax.models.config import SIZES
-from ebt_jax.training.presets import PEAK_LR
+from ebt_jax.training.presets import LEAN, PEAK_LR
 
 UPDATES = (250, 500, 1000)
 SEEDS = (0, 1, 2)
@@ -70,18 +70,14 @@ def _training(
         changes = {**changes, "model.dim": 16, "model.num_heads": 2}
     return {
         "config": f"experiments/text.py:fidelity,{words},size={size}",
+        **LEAN,
         **{f"config.{key}": value for key, value in changes.items()},
         "config.optim.peak_lr": 2 * PEAK_LR[size],
         "config.optim.warmup_steps": max(1, min(100, updates // 5)),
         "config.train.steps": updates,
         "config.train.seed": seed,
-        "config.eval.every": 0,
         "config.eval.sequences": 8 if tiny else 512,
         "config.eval.curve_steps": 8,
-        "config.eval.sample_tokens": 0,
-        "config.checkpoint.every": 0,
-        "config.log.plots": False,
-        "config.log.tensorboard": False,
         "workdir": f"{into}/{method}-{updates}-{seed}",
     }
 

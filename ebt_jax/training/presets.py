@@ -28,6 +28,15 @@ PEAK_LR = {
     "xl": 2e-4,
 }
 KEYS = ("size", "step_size")
+# Flags of a run that is one of many: scored once, at its end, and nothing drawn of it.
+LEAN: dict[str, Any] = {
+    "config.eval.every": 0,
+    "config.eval.curve_steps": 0,
+    "config.eval.sample_tokens": 0,
+    "config.checkpoint.every": 0,
+    "config.log.plots": False,
+    "config.log.tensorboard": False,
+}
 
 
 class Words(NamedTuple):
