@@ -23,6 +23,8 @@ Words, joined by commas after the colon:
     light           the same, through the last block alone: little dearer than
                     Transformer++ where there are many blocks
     transformer_pp  the feed-forward baseline with the same blocks
+    muon            the blocks' matrices by Muon, at eight times the learning rate: much
+                    better than AdamW for every method, in runs of 1,000 updates
     size=SIZE       4xs, 3xs, xxs (the default), xs, small, medium, large or xl, with
                     the published learning rate
     step_size=X     initial step size, with its published learning rate of 3 X peak_lr
@@ -90,7 +92,9 @@ from ebt_jax.training.config import (
 from ebt_jax.training.presets import PEAK_LR, parse_words, with_step_size
 
 METHODS = ("s1", "s2", "anchored", "final", "light", "transformer_pp")
-OPTIONS = ("no_replay", "no_langevin", "no_random_step_size", "no_random_steps")
+ABLATIONS = ("no_replay", "no_langevin", "no_random_step_size", "no_random_steps")
+OPTIONS = (*ABLATIONS, "muon")
+MUON_RATE = 8.0  # times the published learning rate, see recipe.py
 REPLAYED_BATCHES = 6  # that the buffer holds: 192 sequences, 32 at a time (published)
 SETTINGS = ("quickstart", "fidelity", "tiny")
 
@@ -102,6 +106,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       UserError: for a word that is unknown or contradicts another.
     """
     words = parse_words(arg, methods=METHODS, settings=SETTINGS, options=OPTIONS)
+    left_out = tuple(word for word in words.options if word in ABLATIONS)
     setting = words.setting or "published"
     method = words.method or ("anchored" if setting == "quickstart" else "s1")
     size = words.size or ("xxs" if setting == "published" else "4xs")
@@ -109,13 +114,17 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if words.step_size is not None:
         config = with_step_size(config, words.step_size)
     config = _setting(setting, config)
-    if words.options and method != "s2":
+    if left_out and method != "s2":
         raise UserError(
-            f"preset {arg!r} leaves something out of s2 ({words.options[0]!r}), but is "
+            f"preset {arg!r} leaves something out of s2 ({left_out[0]!r}), but is "
             f"{method!r}; add 's2'"
         )
     if method == "s2":
-        config = _ablated(_with_replay(config), words.options)
+        config = _ablated(_with_replay(config), left_out)
+    if "muon" in words.options:
+        rate = MUON_RATE * config.optim.peak_lr
+        optim = dataclasses.replace(config.optim, name="muon", peak_lr=rate)
+        config = dataclasses.replace(config, optim=optim)
     return to_config_dict(config)
 
 

@@ -104,6 +104,15 @@ def test_each_technique_of_system_2_can_be_left_out():
     assert differences(whole, text(",".join(["s2", *left_out]))) == together
 
 
+def test_muon_goes_with_every_method():
+    plain = text("light,fidelity")
+    assert differences(plain, text("light,fidelity,muon")) == {
+        "optim.name": ("adamw", "muon"),
+        "optim.peak_lr": (2.4e-3, 8 * 2.4e-3),
+    }
+    assert text("transformer_pp,muon").optim.name == "muon"
+
+
 def test_a_step_size_brings_its_learning_rate():
     config = text("s1,step_size=5")
     assert (config.refine.step_size, config.optim.step_size_lr_multiplier) == (
