@@ -66,9 +66,9 @@ there: anchored candidates are 0.01 better after the first. 1,000 steps of 4xs a
 million bytes; nothing follows from them for larger models or more text.
 
 On novels at twice the learning rate, 1,000 steps, seeds 0, 1, 2: transformer_pp 1.550,
-light 1.526, final 1.501 (0.049 below, 95 % interval 0.016 to 0.082), at 1.9 and 3.0 times
-the time per step; with muon transformer_pp 1.472, light 1.446 (0.027 below, 0.001 to
-0.053). experiments/RESULTS.md has the study they come from.
+light 1.526, final 1.501 (0.049 below, 95 % interval 0.016 to 0.082), at 1.9 and 3.0
+times the time per step; with muon transformer_pp 1.472, light 1.446 (0.027 below, 0.001
+to 0.053). experiments/RESULTS.md has the study they come from.
 
 The published runs read 256 x 256 tokens of RedPajama with the GPT-NeoX tokenizer for a
 million steps: give `--config.data.path` and `--config.data.tokenizer`.
