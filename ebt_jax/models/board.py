@@ -35,8 +35,8 @@ from ebt_jax.models.blocks import (
     embedding,
     init_of,
 )
-from ebt_jax.models.causal import run_blocks
 from ebt_jax.models.config import ModelConfig
+from ebt_jax.models.streams import run_blocks
 from ebt_jax.randomness import normal
 from ebt_jax.refine import PyTree
 

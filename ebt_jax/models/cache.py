@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ebt_jax.interfaces import Caching, Rewinding
-from ebt_jax.models import causal, ends
+from ebt_jax.models import causal, ends, streams
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.refine import PyTree
 
@@ -26,7 +26,7 @@ class Cache(NamedTuple):
 
     Attributes:
       keys: a tuple for the landscapes, of length 1 where the context does not depend
-        on them; each of all blocks, as in `causal.Stream`. What lies behind the end of
+        on them; each of all blocks, as in `streams.Stream`. What lies behind the end of
         a sequence is never seen.
       values: like keys.
       lengths: int32 `[batch]`, tokens of each sequence.
@@ -53,7 +53,7 @@ def caching(config: ModelConfig) -> Caching:
         return causal.predict_from_hidden(config, params, cache.last)
 
     return Caching(
-        prepare=bound(causal.with_blocks_apart),
+        prepare=bound(streams.with_blocks_apart),
         prefill=bound(prefill),
         append=bound(append),
         following=following,
@@ -89,12 +89,12 @@ def prefill(
     x = ends.embed(config, params, tokens)
     positions = jnp.arange(tokens.shape[1])
     piece = PIECE if tokens.shape[1] <= MOST_PIECES * PIECE else 0
-    streams = [
-        causal.context_stream(config, params, x, positions, None, step, piece)
+    encoded = [
+        streams.context_stream(config, params, x, positions, None, step, piece)
         for step in _steps(config, params)
     ]
-    last = _last(config, streams[0])
-    keys, values = zip(*((s.keys, s.values) for s in streams), strict=True)
+    last = _last(config, encoded[0])
+    keys, values = zip(*((s.keys, s.values) for s in encoded), strict=True)
 
     def end(x: jax.Array) -> jax.Array:
         index = (lengths - 1).reshape(-1, *(1 for _ in x.shape[1:]))
@@ -108,8 +108,8 @@ def append(
 ) -> Cache:
     """Encodes one more token `[batch]`, or frame, of each sequence."""
     x = ends.embed(config, params, tokens[:, None])
-    visible = causal.visible_keys(config, cache.lengths[:, None] - 1, None)
-    place = cache.lengths[:, None] + causal.step_tokens(config)
+    visible = streams.visible_keys(config, cache.lengths[:, None] - 1, None)
+    place = cache.lengths[:, None] + streams.step_tokens(config)
     sequences = jnp.arange(tokens.shape[0])
 
     def write(after: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -129,7 +129,7 @@ def append(
     for step, past in zip(_steps(config, params), pasts, strict=True):
         condition = None if config.conditioning == "time_embed" else step
         blocks = params["blocks"]
-        stream = causal.context_blocks(
+        stream = streams.context_blocks(
             config, blocks, x, place, visible, condition, past
         )
         own, last = (stream.keys, stream.values), _last(config, stream)
@@ -172,13 +172,13 @@ def _context(
     config: ModelConfig, cache: Cache, rows: jax.Array, anchor: jax.Array | None
 ) -> causal.Context:
     """What candidates see that continue the tokens at rows `[batch, seq]`."""
-    top = functools.partial(causal.candidate_blocks, config)
+    top = functools.partial(streams.candidate_blocks, config)
     keys, values = tuple(map(top, cache.keys)), tuple(map(top, cache.values))
-    ahead = rows + causal.step_tokens(config) + 1
+    ahead = rows + streams.step_tokens(config) + 1
     return causal.Context(keys, values, rows, ahead, None, anchor)
 
 
-def _last(config: ModelConfig, stream: causal.Stream) -> jax.Array:
+def _last(config: ModelConfig, stream: streams.Stream) -> jax.Array:
     """What of a stream `Cache.last` is taken from, `[batch, seq, dim]`."""
     if config.kind == "transformer_pp":
         return stream.hidden
@@ -204,7 +204,7 @@ def _by_sequence(of_marks: jax.Array) -> jax.Array:
 
 def _steps(config: ModelConfig, params: PyTree) -> list[Any]:
     """The embedding `[dim]` of each landscape, or None for the one there is."""
-    if not causal.depends_on_landscape(config):
+    if not streams.depends_on_landscape(config):
         return [None]
     table = params["step_embed"]["embedding"]
     return [table[number] for number in range(config.num_landscapes)]

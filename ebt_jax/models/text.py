@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ebt_jax.interfaces import Batch, Categorical, EnergyModel, FeedForward
-from ebt_jax.models import causal, ends
+from ebt_jax.models import causal, ends, streams
 from ebt_jax.models.cache import caching
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.randomness import normal
@@ -48,7 +48,7 @@ def energy_model(config: ModelConfig) -> EnergyModel:
 
 
 def _categorical(config: ModelConfig) -> Categorical:
-    depends = causal.depends_on_landscape(config)
+    depends = streams.depends_on_landscape(config)
 
     def encode(
         params: PyTree, embedded: jax.Array, batch: Batch, landscape: jax.Array
@@ -72,7 +72,7 @@ def _categorical(config: ModelConfig) -> Categorical:
     return Categorical(
         tables=("embed",) if config.tied_embedding else ("embed", "candidate_embed"),
         table=functools.partial(ends.candidate_table, config),
-        prepare=functools.partial(causal.with_blocks_apart, config),
+        prepare=functools.partial(streams.with_blocks_apart, config),
         token_table=lambda params: params["embed"]["embedding"],
         dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
         encode=encode,
