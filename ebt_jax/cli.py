@@ -30,6 +30,7 @@ from ebt_jax.errors import (
 from ebt_jax.verbs import (
     bench,
     checkpoints,
+    compare,
     evaluate,
     fit,
     generate,
@@ -45,6 +46,7 @@ VERBS = {
     "generate": generate.VERB,
     "inspect": inspect.VERB,
     "report": report.VERB,
+    "compare": compare.VERB,
     "fit": fit.VERB,
     "bench": bench.VERB,
     "prepare": prepare.VERB,

@@ -3,7 +3,7 @@
     python launch/sweep.py experiments/small_data.py:into=runs/small --run=local \\
         --jobs=2 --set=config.data.path=train.txt --set=config.data.held_out=0 \\
         --set=config.data.held_out_path=held.txt
-    ebt fit 'runs/small/seeds/*' --x=corpus --y=lowest/nll
+    ebt compare --runs='runs/small/seeds/*-65536-*' --y=lowest/nll   # and so on
 
 Both are trained on the first 64 k, 256 k and 1 M tokens of a text, for as many updates
 as each other, many epochs of the small ones, and evaluated ten times: what counts is

@@ -3,18 +3,19 @@
     python launch/sweep.py experiments/thinking.py:into=runs/thinking,data=DATA \\
         --run=local --jobs=2 --set=config.data.path=train.txt \\
         --set=config.data.held_out_path=held.txt --set=config.data.held_out=0
-    ebt report 'runs/thinking/*' --out=thinking.html
+    ebt compare --gains --runs='runs/thinking/*'
 
-Each method is trained for 250, 500 and 1,000 updates, a run each, from three seeds.
-Held-out loss after 1 to 8 refinement steps stands in a run's summary.json as
-`thinking/nll/step_I`. Then it is scored on text further and further from that of
-training, with the trained number of steps, more of them, and the best of 4 candidates:
-the report has gain against shift. DATA is a folder of data sets, see `ebt evaluate
+Each method is trained for 250, 500 and 1,000 updates of 8 x 128 bytes, a run each, from
+three seeds. Held-out loss after 1 to 8 refinement steps stands in a run's summary.json
+as `thinking/nll/step_I`. Then it is scored on text further and further from that of
+training, after each of 8 steps and, where candidates have noise, with the best of 4:
+the second command has the gain by training tokens and by shift, with intervals over
+seeds, and `ebt report` draws it. DATA is a folder of data sets, see `ebt evaluate
 --task`.
 
-Methods: `light` (one step, that is all it was trained for), `anchored` (two steps,
-System 1), `anchored_s2` (System 2: 2 or 3 steps of random sizes, Langevin noise, the
-loss on the last), `anchored_mild` (the same without noise).
+Methods: the two that recipe.py found, `light` and `final` with Muon, trained for one
+step, that is all they need; and `anchored_s2` (System 2 from anchored candidates: 2 or
+3 steps of random sizes, Langevin noise, the loss on the last; AdamW).
 
 Words, joined by commas:
 
@@ -35,16 +36,21 @@ from ebt_jax.training.presets import LEAN, PEAK_LR
 
 UPDATES = (250, 500, 1000)
 SEEDS = (0, 1, 2)
-ANCHORED = {"model.candidate_input": "anchored", "model.conditioning": "default"}
-# name -> (words of experiments/text.py, changed values)
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "light": ("light", {}),
-    "anchored": ("anchored", {"refine.num_landscapes": 1}),
-    "anchored_s2": ("s2", ANCHORED),
-    "anchored_mild": ("s2,no_langevin,no_replay", ANCHORED),
+MORE_STEPS, BEST_OF = "fixed:steps=8", "best_of:n=4"
+# name -> (words of experiments/text.py, changed values, how thought is scored)
+METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "light": ("light,muon", {}, MORE_STEPS),
+    "final": ("final,muon", {}, MORE_STEPS),
+    "anchored_s2": (
+        "s2",
+        {
+            "model.candidate_input": "anchored",
+            "model.conditioning": "default",
+        },
+        f"{MORE_STEPS};{BEST_OF};{MORE_STEPS}+{BEST_OF}",
+    ),
 }
-TASKS = "tinyshakespeare,wikitext2,gsm8k,simple_arithmetic"
-THINKING = "fixed:steps=8;best_of:n=4;fixed:steps=8+best_of:n=4"
+TASKS = "tinyshakespeare,wikitext2,gsm8k"
 
 
 def sweep(words: str = "") -> list[dict[str, Any]]:
@@ -57,7 +63,7 @@ def sweep(words: str = "") -> list[dict[str, Any]]:
                 run = _training(into, size, method, updates, seed, tiny)
                 runs.append(run)
                 if data:
-                    runs.append(_scoring(run["workdir"], data))
+                    runs.append(_scoring(run["workdir"], method, data, tiny))
     return runs
 
 
@@ -65,16 +71,18 @@ def _training(
     into: str, size: str, method: str, updates: int, seed: int, tiny: bool
 ) -> dict[str, Any]:
     """Flags of `ebt train`."""
-    words, changes = METHODS[method]
+    words, changes, _ = METHODS[method]
     if tiny:
-        changes = {**changes, "model.dim": 16, "model.num_heads": 2}
+        small = {"model.dim": 16, "model.num_heads": 2, "data.context": 16}
+        changes = {**changes, **small}
     return {
         "config": f"experiments/text.py:fidelity,{words},size={size}",
         **LEAN,
         **{f"config.{key}": value for key, value in changes.items()},
-        "config.optim.peak_lr": 2 * PEAK_LR[size],
         "config.optim.warmup_steps": max(1, min(100, updates // 5)),
         "config.train.steps": updates,
+        "config.train.batch_size": 8,
+        **({} if "muon" in words else {"config.optim.peak_lr": 2 * PEAK_LR[size]}),
         "config.train.seed": seed,
         "config.eval.sequences": 8 if tiny else 512,
         "config.eval.curve_steps": 8,
@@ -82,14 +90,15 @@ def _training(
     }
 
 
-def _scoring(workdir: str, data: str) -> dict[str, Any]:
+def _scoring(workdir: str, method: str, data: str, tiny: bool) -> dict[str, Any]:
     """Flags of `ebt evaluate`."""
+    *_, think = METHODS[method]
     return {
         "verb": "evaluate",
-        "task": TASKS,
+        "task": TASKS.partition(",")[0] if tiny else TASKS,
         "data": data,
-        "items": 64,
-        "think": THINKING,
+        "items": 4 if tiny else 32,
+        "think": think,
         "workdir": workdir,
     }
 

@@ -1,16 +1,17 @@
 """`ebt fit`: known laws come back, within intervals; mistakes are one line."""
 
 import csv
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
+from fake_runs import write_run
 
 from ebt_jax import cli
 from ebt_jax.evaluation.scaling import axes, draws, intervals, laws
 from ebt_jax.evaluation.scaling.laws import Law, Points
-from ebt_jax.training.config import Config, to_json
 
 LAW = Law(1.2, 0.8, 0.5, 1.0)
 X = np.repeat(np.geomspace(1.0, 16.0, 5), 3)
@@ -193,25 +194,7 @@ def test_too_few_points(table, capsys):
 def runs(tmp_path):
     """Writes what finished runs leave, without training any."""
 
-    def write(name, kind, steps, seed, *, data="a.txt", y=1.0, finished=True, eval_=64):
-        path = tmp_path / name
-        path.mkdir(parents=True)
-        tree = json.loads(to_json(Config()))
-        tree["model"] |= {"kind": kind, "vocab_size": 16, "num_landscapes": 1, "dim": 8}
-        tree["train"] |= {"steps": steps, "seed": seed, "batch_size": 8}
-        tree["optim"]["schedule_steps"] = steps
-        tree["data"] |= {"context": 16, "path": data}
-        tree["eval"]["sequences"] = eval_
-        (path / "config.json").write_text(json.dumps(tree))
-        rows = [
-            {"step": n, "seconds/step": 9.0 if n == 1 else 0.5, "seconds/input": 0.0}
-            for n in (1, steps)
-        ]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (path / "metrics.jsonl").write_text(lines)
-        if finished:
-            summary = {"step": steps, "eval/nll": y, "eval/nll/step_1": y and 2 * y}
-            (path / "summary.json").write_text(json.dumps(summary))
+    write = functools.partial(write_run, tmp_path)
 
     def several():
         for kind in ("ebt", "transformer_pp"):

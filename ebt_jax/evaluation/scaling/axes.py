@@ -62,6 +62,16 @@ def _sizes_of(config: Config) -> tuple[int, float]:
     return _sizes(dataclasses.replace(config, **alike))
 
 
+def tokens_of(config: Config) -> int:
+    """Training tokens of a whole run."""
+    return config.train.steps * _tokens_of_update(config)
+
+
+def flops_of(config: Config) -> float:
+    """Training FLOPs of a whole run, by formula; NaN where there is none."""
+    return config.train.steps * _sizes_of(config)[1]
+
+
 def seconds_of(rows: Sequence[Row]) -> float:
     """Seconds of a run's updates and their input, as `metrics.jsonl` has them.
 
@@ -86,7 +96,7 @@ AXES = {
     "tokens": Axis(
         "training tokens",
         (*LENGTH, *RATE),
-        lambda _, config: config.train.steps * _tokens_of_update(config),
+        lambda _, config: tokens_of(config),
     ),
     "batch": Axis(
         "tokens in a batch",
@@ -109,7 +119,7 @@ AXES = {
     "flops": Axis(
         "training FLOPs, by formula",
         (*SIZE, *LENGTH, *BATCH, *RATE),
-        lambda _, config: config.train.steps * _sizes_of(config)[1],
+        lambda _, config: flops_of(config),
     ),
     "seconds": Axis(
         "measured seconds of updates",

@@ -21,8 +21,9 @@ from ebt_jax.evaluation.report.runs import (
     read_run,
     short_names,
 )
-from ebt_jax.evaluation.scaling.axes import Axis, axis_of
+from ebt_jax.evaluation.scaling.axes import axis_of
 from ebt_jax.evaluation.scaling.laws import Points
+from ebt_jax.training.config import Config
 
 SEED = "train.seed"
 BASELINES = ("transformer_pp", "dit")
@@ -127,19 +128,14 @@ def from_runs(
       UserError: if there is no finished run, the runs were not scored alike, or lack y.
     """
     axis = axis_of(x)
-    runs, notes = _finished(patterns)
-    settled = [(run, config) for run in runs if (config := run.config) is not None]
-    if len(settled) < len(runs):
-        bad = next(run for run in runs if run.config is None)
-        raise UserError(f"{bad.path}: {bad.notes[0]}")
-    _check_alike(runs, by)
-    names = _named(runs, _keys(runs, axis, by))
+    grouped, notes = groups_of(patterns, axis.keys, by)
+    runs = [run for _, run, _ in grouped]
     measures = {f"eval/{measure(run)}" for run in runs}
     if y is None and len(measures) > 1:
         raise UserError(f"runs have {' and '.join(sorted(measures))}; choose with --y")
     name = y or measures.pop()
     points = []
-    for group, (run, config) in zip(names, settled, strict=True):
+    for group, run, config in grouped:
         if name not in run.results:
             known = ", ".join(key for key in run.results if key.startswith("eval/"))
             raise UserError(
@@ -148,13 +144,39 @@ def from_runs(
         seed = config.train.seed
         place = float(axis.of(run, config))
         points.append(Point(group, place, run.results[name], seed, str(run.path)))
-    kinds = dict(zip(names, (config.model.kind for _, config in settled), strict=True))
+    kinds = {group: config.model.kind for group, _, config in grouped}
     plain = [group for group, kind in kinds.items() if kind in BASELINES]
     label = "held-out loss (nats per token)" if name == "eval/nll" else name
     order = sorted(points, key=lambda point: (point.group, point.x, point.seed))
     return Collected(
         order, axis.label, label, plain[0] if len(plain) == 1 else None, notes
     )
+
+
+def groups_of(
+    patterns: Sequence[str], apart: Sequence[str], by: Sequence[str]
+) -> tuple[list[tuple[str, Run, Config]], list[str]]:
+    """Finished runs with the name of their method, and what was left out.
+
+    Args:
+      patterns: folders, or globs of them.
+      apart: settings that do not tell methods apart.
+      by: settings whose values make methods; none for all others that differ.
+
+    Raises:
+      UserError: if there is no finished run, or the runs were not scored alike.
+    """
+    runs, notes = _finished(patterns)
+    settled = [(run, config) for run in runs if (config := run.config) is not None]
+    if len(settled) < len(runs):
+        bad = next(run for run in runs if run.config is None)
+        raise UserError(f"{bad.path}: {bad.notes[0]}")
+    _check_alike(runs, by)
+    names = _named(runs, _keys(runs, apart, by))
+    found = [
+        (name, run, config) for name, (run, config) in zip(names, settled, strict=True)
+    ]
+    return found, notes
 
 
 def from_table(path: str) -> Collected:
@@ -227,7 +249,9 @@ def _check_alike(runs: Sequence[Run], by: Sequence[str]) -> None:
         )
 
 
-def _keys(runs: Sequence[Run], axis: Axis, by: Sequence[str]) -> dict[str, list]:
+def _keys(
+    runs: Sequence[Run], apart: Sequence[str], by: Sequence[str]
+) -> dict[str, list]:
     """Settings that make groups, with the value of each run."""
     if by:
         for key in by:
@@ -238,7 +262,7 @@ def _keys(runs: Sequence[Run], axis: Axis, by: Sequence[str]) -> dict[str, list]
         key: values
         for key, values in differing(runs).items()
         if key != SEED
-        and key not in axis.keys
+        and key not in apart
         and (key.split(".")[0] not in IGNORED or key == "eval.num_steps")
     }
 
