@@ -13,7 +13,7 @@ from ebt_jax.evaluation.collectives import count_collectives
 from ebt_jax.models.config import ModelConfig
 from ebt_jax.objective_config import ObjectiveConfig, RefineSetup
 from ebt_jax.training.checkpoint import restore
-from ebt_jax.training.config import Config, MeshConfig, TrainConfig
+from ebt_jax.training.config import Config, MeshConfig, OptimConfig, TrainConfig
 from ebt_jax.training.objective import build_objective
 from ebt_jax.training.optim import make_optimizer
 from ebt_jax.training.resolve import resolve
@@ -50,7 +50,23 @@ SYSTEM_2 = Config(
 TRANSFORMER = Config(
     model=dataclasses.replace(MODEL, kind="transformer_pp", num_landscapes=1)
 )
-CONFIGS = {"system 1": SYSTEM_1, "system 2": SYSTEM_2, "transformer": TRANSFORMER}
+LIGHT = Config(  # candidates pass the last of two blocks
+    model=dataclasses.replace(
+        MODEL,
+        num_layers=2,
+        num_landscapes=1,
+        conditioning="default",
+        candidate_input="final",
+        candidate_layers=1,
+    ),
+    refine=RefineSetup(num_steps=1, num_landscapes=1),
+)
+CONFIGS = {
+    "system 1": SYSTEM_1,
+    "system 2": SYSTEM_2,
+    "light": LIGHT,
+    "transformer": TRANSFORMER,
+}
 MESHES = {
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(data=1, fsdp=8),
@@ -70,8 +86,8 @@ def batch():
     return {"tokens": ids(), "targets": ids(), "weights": weights}
 
 
-def step_on(config, mesh):
-    """Metrics and gradients of a compiled step in float64, and its text."""
+def step_on(config, mesh, optimizer=OPTIMIZER):
+    """Metrics and what a compiled step in float64 takes away, and its text."""
     with jax.enable_x64(True):
         objective = build_objective(dataclasses.replace(config, mesh=mesh))
         plain = objective.init
@@ -79,8 +95,8 @@ def step_on(config, mesh):
         objective = objective._replace(init=precise)
         mesh = make_mesh(mesh)
         parts = config.train.accumulation
-        step = make_step(objective, OPTIMIZER, seed=3, accumulation=parts, mesh=mesh)
-        init = lambda: init_state(objective, OPTIMIZER, 3)
+        step = make_step(objective, optimizer, seed=3, accumulation=parts, mesh=mesh)
+        init = lambda: init_state(objective, optimizer, 3)
         shapes = jax.eval_shape(init)
         before = jax.jit(init, out_shardings=state_shardings(shapes, mesh))()
         rows = global_batch(batch(), mesh, BATCH)
@@ -130,6 +146,22 @@ def test_eight_devices_equal_one(on_one_device, name):
             re.findall(r"\d+", " ".join(re.findall(r"\[([\d,]+)\]", text)))
         )
         assert str(VOCAB // 2) in dimensions and str(VOCAB) not in dimensions
+
+
+def test_muon_moves_as_on_one_device():
+    """Matrices become orthogonal as a whole, not by their parts."""
+    optim = OptimConfig(name="muon", peak_lr=0.1, warmup_steps=0, schedule_steps=10)
+    shapes = jax.eval_shape(build_objective(LIGHT).init, jax.random.key(0))
+    optimizer = make_optimizer(optim, LIGHT.refine, shapes)
+    _, expected, _ = step_on(LIGHT, MeshConfig(data=1), optimizer)
+    _, found, _ = step_on(LIGHT, MESHES["model"], optimizer)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(expected),
+        jax.tree.leaves(found),
+        strict=True,
+    ):
+        assert np.abs(a).max() > 0 or path[0].key == "noise_std"
+        np.testing.assert_allclose(b, a, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
 def test_a_checkpoint_fits_any_mesh(tmp_path):
