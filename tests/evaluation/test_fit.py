@@ -250,6 +250,18 @@ def test_runs_that_cannot_be_compared(runs, capsys, tmp_path):
     assert "nothing is at" in capsys.readouterr().err
 
 
+def test_runs_of_an_older_version_are_of_the_same_method(runs, capsys, tmp_path):
+    """What a config does not say yet is what was done then."""
+    _, several = runs
+    flag = several()
+    for path in tmp_path.glob("ebt-10-*/config.json"):
+        tree = json.loads(path.read_text())
+        del tree["model"]["box_rows"], tree["model"]["candidate_layers"]
+        path.write_text(json.dumps(tree))
+    assert cli.run(["fit", flag, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["methods"]) == 2
+
+
 def test_a_loss_that_is_not_finite(runs, capsys, tmp_path):
     write, several = runs
     flag = several()

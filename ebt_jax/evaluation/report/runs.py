@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ebt_jax.errors import UserError
-from ebt_jax.training.config import Config, from_json
+from ebt_jax.training.config import Config, from_json, to_json
 from ebt_jax.training.environment import read_environments
 
 Found = TypeVar("Found")
@@ -241,7 +241,8 @@ def _read_config(path: Path, notes: list[str]) -> tuple[Scalars, Config | None]:
         notes.append(f"config.json cannot be read ({_reason(error)}): no settings")
         return {}, None
     try:
-        return settings, from_json(text)
+        config = from_json(text)
+        return flat(json.loads(to_json(config))), config  # as an older run was made
     except (ValueError, TypeError, AttributeError) as error:
         notes.append(
             f"config.json is not of this version of EBT-JAX ({error}): its settings "
