@@ -13,6 +13,7 @@ a part of it; a word of each kind, or several, joined by commas:
                     views of the runs of `parameters`
     transformer_pp  the feed-forward baseline
     light           one refinement step, through the last block
+    final           the same through all blocks
     anchored        candidates start from the token they continue; one refinement step
     s1              System 1 as published, two steps
                     methods of experiments/text.py; all where none is named
@@ -56,7 +57,7 @@ from ebt_jax.command import suggest
 from ebt_jax.errors import UserError
 from ebt_jax.training.presets import LEAN
 
-METHODS = ("transformer_pp", "light", "anchored", "s1")
+METHODS = ("transformer_pp", "light", "final", "anchored", "s1")
 FURTHER = {  # flags of a method besides its word
     "anchored": {"config.refine.num_steps": 1, "config.refine.num_landscapes": 1}
 }
