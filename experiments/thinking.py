@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
             "model.candidate_input": "anchored",
             "model.conditioning": "default",
         },
-        f"{MORE_STEPS};{BEST_OF};{MORE_STEPS}+{BEST_OF}",
+        f"{MORE_STEPS};{BEST_OF}",
     ),
 }
 TASKS = "tinyshakespeare,wikitext2,gsm8k"

@@ -131,7 +131,7 @@ def test_thinking_in_small(tmp_path, monkeypatch, capsys):
     scored = json.loads(
         (into / "anchored_s2-2-0/tasks/tinyshakespeare.json").read_text()
     )
-    assert len(scored["policies"]) == 3
+    assert len(scored["policies"]) == 2
     capsys.readouterr()
     assert cli.run(["compare", f"--runs={into}/*", "--gains", "--json"]) == 0
     gains = json.loads(capsys.readouterr().out)["gains"]
@@ -139,7 +139,7 @@ def test_thinking_in_small(tmp_path, monkeypatch, capsys):
     assert (
         ways["light-2-0", "held-out text"] == ways["light-2-0", "tinyshakespeare"] == 1
     )
-    assert ways["anchored_s2-2-0", "tinyshakespeare"] == 3  # of other steps, best of 4
+    assert ways["anchored_s2-2-0", "tinyshakespeare"] == 2  # of other steps, best of 4
     assert all(gain["seeds"] == 1 and gain["low"] is None for gain in gains)
 
 
