@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 
 from ebt_jax.errors import UserError
 from ebt_jax.evaluation.intervals import student
-from ebt_jax.evaluation.report.shift import HELD_OUT, gains, said
+from ebt_jax.evaluation.report.shift import (
+    HELD_OUT,
+    gains,
+    gains_since_first_step,
+    said,
+)
 from ebt_jax.evaluation.scaling.axes import tokens_of
 from ebt_jax.evaluation.scaling.collect import groups_of
 
@@ -41,7 +46,7 @@ class MeanGain(NamedTuple):
 
 
 def mean_gains(patterns: Sequence[str], by: Sequence[str] = ()) -> list[MeanGain]:
-    """Gains of finished runs, see `report.shift.gains`, as means over seeds.
+    """Gains of finished runs, see `report.shift`, as means over seeds.
 
     Args:
       patterns: folders, or globs of them.
@@ -56,7 +61,7 @@ def mean_gains(patterns: Sequence[str], by: Sequence[str] = ()) -> list[MeanGain
     found, _ = groups_of(patterns, (), by)
     each: dict[tuple[str, int, str, str], list[tuple[float, float]]] = {}
     for name, run, config in found:
-        for gain in gains(run):
+        for gain in [*gains_since_first_step(run), *gains(run)]:
             key = name, tokens_of(config), gain.data, said(gain)
             each.setdefault(key, []).append((gain.shift, 100 * gain.share))
     if not each:

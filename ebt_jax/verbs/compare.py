@@ -56,10 +56,10 @@ VERB = Verb(
     "measured seconds of\nupdates (compare them only where each run had its cores to "
     "itself), and the loss\nafter so many refinement steps where the runs have a "
     "thinking curve. The interval\nsays how other seeds would come out, not other "
-    "text.\n\n--gains has what thinking gains in place of that: how much lower "
-    "perplexity gets by\nmore steps than in training or a policy, on held-out text and "
-    "on the tasks that were\nscored by `ebt evaluate --task --think`, by how far these "
-    "are from training.",
+    "text.\n\n--gains has what thinking gains in place of that, on held-out text and "
+    "on the tasks\nthat were scored by `ebt evaluate --task --think`: how much lower "
+    "perplexity gets\nfrom the first to the last step of training, and by more steps "
+    "or a policy than\nthat. Shift is how far data are from training, in perplexity.",
     example="ebt compare --runs='runs/recipe/final/*'",
     call=run,
     flags=(

@@ -28,6 +28,7 @@ from ebt_jax.refine import make_schedule
 
 HELD_OUT = "held-out text"
 MORE_STEPS = "more steps"
+SINCE_FIRST = "steps of training"
 
 
 class Gain(NamedTuple):
@@ -35,9 +36,10 @@ class Gain(NamedTuple):
 
     Attributes:
       data: its name.
-      way: how it was thought: `MORE_STEPS`, or a policy as `--think` has it.
-      steps: the most steps that were scored of the former; 0 of a policy.
-      perplexity: with the trained number of steps.
+      way: how it was thought: `MORE_STEPS`, `SINCE_FIRST`, or a policy as `--think` has
+        it.
+      steps: the most steps of the first two; 0 of a policy.
+      perplexity: with the trained number of steps, or after the first (`SINCE_FIRST`).
       shift: that divided by the held-out one; how far the data is from training.
       share: how much lower perplexity gets; 0.1 is 10 %, below 0 it gets higher.
     """
@@ -80,6 +82,31 @@ def gains(run: Run) -> list[Gain]:
             for policy, numbers in policies.items()
             if not _curve(numbers) and "nll" in numbers
         ]
+    return sorted(found, key=lambda gain: (gain.data != HELD_OUT, gain.shift))
+
+
+def gains_since_first_step(run: Run) -> list[Gain]:
+    """What the steps of training gain over the first of them, in the order of `gains`.
+
+    Empty for a model that was trained for one step, or does not think.
+    """
+    if run.config is None or run.config.model.kind != "ebt" or space(run) != "text":
+        return []
+    trained = run.config.eval.num_steps or int(make_schedule(run.config.refine).length)
+    held_out = thinking_curve(run)
+    if trained < 2 or len(held_out) < trained:
+        return []
+    base = held_out[trained - 1]
+    curves = {HELD_OUT: held_out}
+    for data, policies in run.policies.items():
+        curves[data] = max(map(_curve, policies.values()), key=len, default=[])
+    found = [
+        _gain(data, SINCE_FIRST, trained, curve[0], base, curve[:trained])._replace(
+            shift=_exp(curve[trained - 1] - base)
+        )
+        for data, curve in curves.items()
+        if len(curve) >= trained
+    ]
     return sorted(found, key=lambda gain: (gain.data != HELD_OUT, gain.shift))
 
 
@@ -214,6 +241,8 @@ def _common_name(group: Sequence[Run]) -> str:
 
 def said(gain: Gain) -> str:
     """How it was thought, for people."""
+    if gain.way == SINCE_FIRST:
+        return f"1 to {gain.steps} steps"
     return f"{gain.steps} steps" if gain.way == MORE_STEPS else gain.way
 
 
