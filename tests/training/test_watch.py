@@ -44,9 +44,10 @@ def test_a_hang_is_written_down_and_told(tmp_path, capfd):
     dog = Watchdog(0.1, file)
     dog.start()
     dog.alive()
+    told = ""
     for _ in range(200):  # a hang, until it was seen
         threading.Event().wait(0.05)
-        told = capfd.readouterr().err
+        told += capfd.readouterr().err
         if "no step has finished" in told and file.stat().st_size:
             break
     dog.stop()
