@@ -6,106 +6,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICK
+from toy_objective import (
+    BATCH,
+    KEY,
+    SEQ,
+    SETUP,
+    TOY,
+    VOCAB,
+    WEIGHTS,
+    energy,
+    init,
+    make_batch,
+    mean,
+    objective_of,
+    path_of,
+    smoothed,
+    start_of,
+    value_and_grad,
+)
 
-from ebt_jax import models
-from ebt_jax.errors import UserError
-from ebt_jax.interfaces import Draws, EnergyModel, FeedForward
-from ebt_jax.models.config import ModelConfig
-from ebt_jax.models.text import cross_entropy
+from ebt_jax.interfaces import Draws
 from ebt_jax.objective_config import (
     MIN_STEP_SIZE,
     ObjectiveConfig,
     RefineSetup,
     step_weight,
 )
-from ebt_jax.objectives import feed_forward, refined
-from ebt_jax.randomness import normal
+from ebt_jax.objectives import refined
 from ebt_jax.refine import Schedule
-from ebt_jax.thinking import AS_TRAINED, Thinking
-
-BATCH, SEQ, VOCAB = 4, 3, 5
-KEY = jax.random.key(0)
-SETUP = RefineSetup(num_steps=3, num_landscapes=2, step_size=2.0)
-WEIGHTS = np.ones((BATCH, SEQ), np.float32)
-WEIGHTS[1, 1:] = 0
-WEIGHTS[3, 2] = 0
-
-
-def energy(params, context, candidate, landscape):
-    """Distance to a guess that a table makes of the token and the candidate."""
-    guess = jnp.tanh(context + candidate @ params["w"])
-    return (1.0 + landscape) * jnp.sum((candidate - guess) ** 2, axis=-1)
-
-
-def init(key):
-    table, w = jax.random.normal(key, (2, VOCAB, VOCAB))
-    return {"table": table, "w": w}
-
-
-TOY = EnergyModel(
-    init=init,
-    encode_context=lambda params, batch: params["table"][batch["tokens"]],
-    energy=energy,
-    initial_candidate=lambda key, batch: normal(
-        key, (*batch["tokens"].shape, VOCAB), jnp.float32
-    ),
-    normalize=jax.nn.softmax,
-    loss=cross_entropy,
-    target=lambda batch: jax.nn.one_hot(batch["targets"], VOCAB),
-)
-
-
-def make_batch(seed=0):
-    rng = np.random.default_rng(seed)
-    ids = lambda: jnp.asarray(rng.integers(VOCAB, size=(BATCH, SEQ)), jnp.int32)
-    return {
-        "tokens": ids(),
-        "targets": ids(),
-        "weights": jnp.asarray(WEIGHTS),
-        "index": jnp.array([7, 2, 30, 4], jnp.int32),
-    }
-
-
-def objective_of(setup=SETUP, **options):
-    return refined(TOY, setup, ObjectiveConfig(**options))
-
-
-def start_of(seed=1):
-    shape = (BATCH, SEQ, VOCAB)
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def value_and_grad(objective, batch, draws=None, params=None):
-    """`((loss, metrics), gradients)`, from the same parameters and candidate."""
-    params = objective.init(KEY) if params is None else params
-    draws = Draws(candidate=start_of()) if draws is None else draws
-    function = jax.value_and_grad(objective.loss, has_aux=True)
-    function = jax.jit(function, compiler_options=QUICK)
-    return function(params, batch, KEY, draws)
-
-
-def path_of(params, batch, setup=SETUP):
-    """Candidates before and after each step, with their energies, by hand."""
-    context = params["table"][batch["tokens"]]
-    z, path = start_of(), []
-    for i in range(setup.num_steps):
-        landscape = min(i, setup.num_landscapes - 1)
-        c = jax.nn.softmax(z)
-        total = lambda c, i=landscape: energy(params, context, c, i).sum()
-        z = c - setup.step_size * jax.grad(total)(c)
-        path.append((c, z, energy(params, context, c, landscape)))
-    return path
-
-
-def smoothed(z, targets, smoothing):
-    """Cross-entropy with a target of (1 - s) one-hot + s / vocab."""
-    target = (1 - smoothing) * jax.nn.one_hot(targets, VOCAB) + smoothing / VOCAB
-    return -(target * jax.nn.log_softmax(z)).sum(axis=-1)
-
-
-def mean(values):
-    return float((values * WEIGHTS).sum() / WEIGHTS.sum())
 
 
 def test_parameters_are_the_models_and_two_scalars():
@@ -297,125 +225,6 @@ def test_the_initial_candidate_is_noise_of_a_scale_or_zeros(fields, std):
     np.testing.assert_allclose(metrics["energy_first"], std**2, rtol=0.1)
 
 
-# Evaluation and prediction.
-
-EVALUATED = dataclasses.replace(
-    SETUP, min_steps=2, noise_std=0.3, step_size_jitter=2.0, backprop="truncated"
-)
-
-
-def rows(batch, chosen):
-    return {name: array[jnp.array(chosen)] for name, array in batch.items()}
-
-
-def test_evaluate_gives_every_step_and_the_final_energy():
-    objective, batch = objective_of(EVALUATED), make_batch()
-    params = objective.init(KEY)
-    seen = objective.evaluate(params, batch, KEY, 0)
-    assert {name: array.shape for name, array in seen.items()} == {
-        "nll": (3, BATCH, SEQ),
-        "energy": (4, BATCH, SEQ),
-        "gradient_norm": (3, BATCH, SEQ),
-    }
-    logits = objective.predict(params, batch, KEY, AS_TRAINED)
-    nll = smoothed(logits, batch["targets"], 0.0)
-    np.testing.assert_allclose(seen["nll"][-1], nll, rtol=1e-5)
-    context = params["table"][batch["tokens"]]
-    final = energy(params, context, jax.nn.softmax(logits), 1)
-    np.testing.assert_allclose(seen["energy"][-1], final, rtol=1e-5)
-
-
-def test_evaluate_takes_as_many_steps_as_it_is_told():
-    """More steps stay in the last landscape and begin as fewer do."""
-    objective, batch = objective_of(EVALUATED), make_batch()
-    params = objective.init(KEY)
-    few, trained, many = (
-        objective.evaluate(params, batch, KEY, steps) for steps in (1, 0, 5)
-    )
-    assert [len(x["nll"]) for x in (few, trained, many)] == [1, 3, 5]
-    np.testing.assert_allclose(few["nll"][0], trained["nll"][0], rtol=1e-5)
-    np.testing.assert_allclose(many["nll"][:3], trained["nll"], rtol=1e-5)
-
-
-def test_evaluation_draws_no_step_size():
-    plain = dataclasses.replace(EVALUATED, step_size_jitter=1.0)
-    batch = make_batch()
-    a, b = (
-        objective_of(setup).predict(objective_of().init(KEY), batch, KEY, AS_TRAINED)
-        for setup in (
-            dataclasses.replace(EVALUATED, noise_std=0.0),
-            dataclasses.replace(plain, noise_std=0.0),
-        )
-    )
-    np.testing.assert_array_equal(a, b)
-
-
-def causal_model():
-    return models.build(
-        ModelConfig(num_layers=1, num_heads=1, dim=8, vocab_size=5, num_landscapes=2)
-    )
-
-
-@pytest.mark.parametrize("model", [TOY, causal_model()], ids=["toy", "causal"])
-def test_evaluation_does_not_depend_on_the_batch(model):
-    """Neither on its size nor on its order: draws belong to `index`."""
-    objective, batch = refined(model, EVALUATED, ObjectiveConfig()), make_batch()
-    params = objective.init(KEY)
-    evaluate = jax.jit(objective.evaluate, static_argnums=3, compiler_options=QUICK)
-    whole = evaluate(params, batch, KEY, 0)
-    for chosen in ([3, 1, 0, 2], [2], [0]):
-        part = evaluate(params, rows(batch, chosen), KEY, 0)
-        for name, array in part.items():
-            expected = whole[name][:, jnp.array(chosen)]
-            np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5)
-    renamed = {**batch, "index": batch["index"] + 1}
-    assert (evaluate(params, renamed, KEY, 0)["nll"] != whole["nll"]).all()
-
-
-def test_non_finite_numbers_are_recorded_not_raised():
-    objective, batch = objective_of(), make_batch()
-    params = {**objective.init(KEY), "step_size": jnp.float32(jnp.inf)}
-    (loss, metrics), _ = value_and_grad(objective, batch, params=params)
-    assert not np.isfinite(loss) and np.isfinite(metrics["energy_first"])
-
-
-# Feed-forward.
-
-
-def table_model():
-    predict = lambda params, batch: params["table"][batch["tokens"]]
-    return FeedForward(init=init, predict=predict, loss=cross_entropy)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_feed_forward_is_the_mean_cross_entropy_of_one_pass(smoothing):
-    objective = feed_forward(table_model(), ObjectiveConfig(label_smoothing=smoothing))
-    params, batch = objective.init(KEY), make_batch()
-    loss, metrics = objective.loss(params, batch, KEY)
-    logits = params["table"][batch["tokens"]]
-    expected = mean(smoothed(logits, batch["targets"], smoothing))
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    assert metrics["tokens"] == WEIGHTS.sum()
-    np.testing.assert_array_equal(
-        objective.predict(params, batch, KEY, Thinking(7)), logits
-    )
-    seen = objective.evaluate(params, batch, KEY, 7)
-    assert list(seen) == ["nll"]
-    np.testing.assert_allclose(
-        seen["nll"], smoothed(logits, batch["targets"], 0.0)[None], rtol=1e-5
-    )
-
-
-def test_feed_forward_ignores_padding():
-    objective = feed_forward(table_model(), ObjectiveConfig())
-    batch, other = make_batch(), make_batch(seed=9)
-    targets = jnp.where(WEIGHTS > 0, batch["targets"], other["targets"])
-    gradient = jax.grad(objective.loss, has_aux=True)
-    a = gradient(objective.init(KEY), batch, KEY)
-    b = gradient(objective.init(KEY), {**batch, "targets": targets}, KEY)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 @pytest.mark.parametrize("length", [1, 2, 4])
 @pytest.mark.parametrize("loss_steps", ["all", "last", "rising"])
 def test_steps_weigh_1_together_and_none_that_is_not_taken(loss_steps, length):
@@ -425,29 +234,3 @@ def test_steps_weigh_1_together_and_none_that_is_not_taken(loss_steps, length):
     wanted = expected[loss_steps] if loss_steps in expected else np.eye(length)[-1]
     np.testing.assert_allclose(weights[:length], wanted / wanted.sum(), rtol=1e-6)
     assert not weights[length:].any()
-
-
-def test_an_amortised_start_is_scored_like_a_step_and_thought_from():
-    guess = lambda params, context: 3.0 * context
-    model = TOY._replace(guess=guess)
-    setup = dataclasses.replace(SETUP, initial_candidate="amortised")
-    objective = refined(model, setup, ObjectiveConfig())
-    params, batch = objective.init(KEY), make_batch()
-    total, metrics = objective.loss(params, batch, KEY)
-    start = guess(params, model.encode_context(params, batch))
-    mean = (cross_entropy(start, batch) * WEIGHTS).sum() / WEIGHTS.sum()
-    np.testing.assert_allclose(metrics["nll_start"], mean, rtol=1e-6)
-    given = refined(TOY, SETUP, ObjectiveConfig())
-    rest, _ = given.loss(params, batch, KEY, Draws(candidate=start))
-    np.testing.assert_allclose(total, (mean + 3 * rest) / 4, rtol=1e-6)
-    other = objective.predict(params, batch, jax.random.key(5), AS_TRAINED)
-    np.testing.assert_array_equal(
-        objective.predict(params, batch, KEY, AS_TRAINED), other
-    )
-
-
-def test_an_amortised_start_of_a_model_without_one():
-    setup = dataclasses.replace(SETUP, initial_candidate="amortised")
-    message = "'amortised', but of this model there are noise, zeros"
-    with pytest.raises(UserError, match=message):
-        refined(TOY, setup, ObjectiveConfig())

@@ -45,7 +45,9 @@ class MeanGain(NamedTuple):
     seeds: int
 
 
-def mean_gains(patterns: Sequence[str], by: Sequence[str] = ()) -> list[MeanGain]:
+def mean_gains(
+    patterns: Sequence[str], by: Sequence[str] = ()
+) -> tuple[list[MeanGain], list[str]]:
     """Gains of finished runs, see `report.shift`, as means over seeds.
 
     Args:
@@ -53,12 +55,13 @@ def mean_gains(patterns: Sequence[str], by: Sequence[str] = ()) -> list[MeanGain
       by: settings whose values make methods; none for all that differ.
 
     Returns:
-      Of each method in turn, by shift, held-out text first.
+      Gains of each method in turn, by shift, held-out text first; and what was left
+      out, a sentence each.
 
     Raises:
       UserError: if there is no finished run, or none that thought.
     """
-    found, _ = groups_of(patterns, (), by)
+    found, notes = groups_of(patterns, (), by)
     each: dict[tuple[str, int, str, str], list[tuple[float, float]]] = {}
     for name, run, config in found:
         for gain in [*gains_since_first_step(run), *gains(run)]:
@@ -77,17 +80,16 @@ def mean_gains(patterns: Sequence[str], by: Sequence[str] = ()) -> list[MeanGain
         made.append(
             MeanGain(name, tokens, data, way, shift, percent, low, high, len(values))
         )
-    order = {name: i for i, name in enumerate(sorted({gain.method for gain in made}))}
-    return sorted(
-        made,
+    made.sort(
         key=lambda gain: (
-            gain.method.rpartition("-")[0],
+            gain.method.rpartition("-")[0],  # the longer trained after the shorter
             gain.tokens,
-            order[gain.method],
+            gain.method,
             gain.data != HELD_OUT,
             gain.shift,
-        ),
+        )
     )
+    return made, notes
 
 
 def rows(found: Sequence[MeanGain]) -> list[list[str]]:

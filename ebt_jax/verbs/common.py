@@ -26,6 +26,10 @@ TRAINED = Flag("workdir", "folder of the run, or its model in a file, see checkp
 CHECKPOINT = Flag("checkpoint", "step of a checkpoint; else the newest", None, INTEGER)
 NUM_STEPS = Flag("num_steps", "refinement steps; 0 for the trained number", 0, COUNT)
 RESULTS = Flag("out", "folder that results are kept in; else that of the run")
+# No list flag of absl's: that takes no line breaks, which long lists of folders want.
+RUNS = Flag("runs", "folders of runs, or globs, commas between")
+LOSS = Flag("y", "a number of summary.json; else the held-out loss")
+METHODS = Flag("by", "config keys whose values make methods", None, flags.DEFINE_list)
 TEXT_KEY = Flag("text_key", "field of a record with the text; else the config's")
 
 
@@ -43,6 +47,11 @@ def required(values: flags.FlagValues, name: str, what: str) -> Any:
     if not values[name].value:
         raise UserError(f"--{name} is missing; give it {what}")
     return values[name].value
+
+
+def listed(text: str | None) -> list[str]:
+    """What stands between commas, without spaces and line breaks around it."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def results_folder(path: Path, out: str | None) -> Path | None:

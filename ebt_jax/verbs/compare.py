@@ -9,13 +9,13 @@ from absl import flags
 
 from ebt_jax.command import Flag, Verb
 from ebt_jax.errors import UserError
-from ebt_jax.verbs.common import plain, required
+from ebt_jax.verbs.common import LOSS, METHODS, RUNS, listed, plain, required
 
 
 def run(values: flags.FlagValues) -> None:
     """Prints a table of the methods among --runs."""
-    given = required(values, "runs", "folders of finished runs, or globs of them")
-    patterns = [p.strip() for p in given.split(",") if p.strip()]
+    required(values, "runs", "folders of finished runs, or globs of them")
+    patterns = listed(values.runs)
     by = values.by or ()
     if values.gains:
         for name in ("y", "baseline"):
@@ -24,9 +24,8 @@ def run(values: flags.FlagValues) -> None:
 
     from ebt_jax.evaluation import side_by_side, thinking_gains
 
-    notes: list[str] = []
     if values.gains:
-        gains = thinking_gains.mean_gains(patterns, by)
+        gains, notes = thinking_gains.mean_gains(patterns, by)
         said, rows = thinking_gains.as_json(gains), thinking_gains.rows(gains)
     else:
         found = side_by_side.side_by_side(patterns, values.y, by, values.baseline)
@@ -63,9 +62,9 @@ VERB = Verb(
     example="ebt compare --runs='runs/recipe/final/*'",
     call=run,
     flags=(
-        Flag("runs", "folders of runs, or globs, commas between"),
-        Flag("y", "a number of summary.json; else the held-out loss"),
-        Flag("by", "config keys whose values make methods", None, flags.DEFINE_list),
+        RUNS,
+        LOSS,
+        METHODS,
         Flag("baseline", "method to compare with; else the best feed-forward one"),
         Flag("gains", "what thinking gains", False, flags.DEFINE_boolean),
         Flag("json", "print one JSON object", False, flags.DEFINE_boolean),

@@ -9,12 +9,12 @@ from absl import flags
 
 from ebt_jax.command import Flag, Verb
 from ebt_jax.errors import UserError
-from ebt_jax.verbs.common import plain
+from ebt_jax.verbs.common import LOSS, METHODS, RUNS, listed, plain
 
 
 def run(values: flags.FlagValues) -> None:
     """Fits laws to --runs or --csv and prints what they say."""
-    patterns = [p.strip() for p in (values.runs or "").split(",") if p.strip()]
+    patterns = listed(values.runs)
     if bool(patterns) == bool(values.csv):
         raise UserError(
             "--runs (folders of runs, or a glob of them) or --csv (a table) is needed, "
@@ -65,12 +65,11 @@ VERB = Verb(
     example="ebt fit --runs='runs/scaling/*/l2-w64-b16-*' --x=tokens --out=fits/data",
     call=run,
     flags=(
-        # No list flag of absl's: that takes no line breaks, which long ones want.
-        Flag("runs", "folders of runs, or globs, commas between"),
+        RUNS,
         Flag("csv", "in place of --runs, a table with columns group,x,y,seed"),
         Flag("x", "what losses are put against", "tokens"),
-        Flag("y", "a number of summary.json; else the held-out loss"),
-        Flag("by", "config keys whose values make methods", None, flags.DEFINE_list),
+        LOSS,
+        METHODS,
         Flag("baseline", "method to compare with; else the feed-forward one"),
         Flag("out", "folder for fit.json, table.md and fit.png"),
         Flag("json", "print one JSON object", False, flags.DEFINE_boolean),

@@ -94,3 +94,7 @@ def test_mistakes(runs, capsys):
     assert "none of the runs has thought" in fails(baselines, "--gains")
     write_run(runs, "ebt-9", "ebt", 10, 0)
     assert "is the second run of 'ebt' with seed 0" in fails(flag)
+
+
+def test_a_method_alone_has_its_own_name_not_its_folders(runs):
+    assert list(side_by_side([f"{runs}/ebt-*"]).methods) == ["ebt"]

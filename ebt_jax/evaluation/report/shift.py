@@ -40,7 +40,8 @@ class Gain(NamedTuple):
         it.
       steps: the most steps of the first two; 0 of a policy.
       perplexity: with the trained number of steps, or after the first (`SINCE_FIRST`).
-      shift: that divided by the held-out one; how far the data is from training.
+      shift: perplexity with the trained number of steps over the held-out one; how far
+        the data is from training.
       share: how much lower perplexity gets; 0.1 is 10 %, below 0 it gets higher.
     """
 
@@ -59,30 +60,19 @@ def gains(run: Run) -> list[Gain]:
     were scored step by step. Policies are those that tasks were scored with besides, on
     the same items. Empty for a model that does not think.
     """
-    if run.config is None or run.config.model.kind != "ebt" or space(run) != "text":
-        return []
-    trained = run.config.eval.num_steps or int(make_schedule(run.config.refine).length)
-    held_out = thinking_curve(run)
-    if len(held_out) < trained:
-        return []
-    base = held_out[trained - 1]
+    trained, curves = _curves(run)
     found = []
-    if len(held_out) > trained:
-        found.append(_gain(HELD_OUT, MORE_STEPS, len(held_out), base, base, held_out))
-    for data, policies in run.policies.items():
-        curves = [_curve(numbers) for numbers in policies.values()]
-        curve = max(curves, key=len, default=[])
-        if len(curve) < trained:
-            continue
-        at = curve[trained - 1]
+    for data, curve in curves.items():
+        at, base = curve[trained - 1], curves[HELD_OUT][trained - 1]
         if len(curve) > trained:
             found.append(_gain(data, MORE_STEPS, len(curve), at, base, curve))
+        policies = run.policies[data] if data in run.policies else {}
         found += [
             _gain(data, policy, 0, at, base, [numbers["nll"]])
             for policy, numbers in policies.items()
             if not _curve(numbers) and "nll" in numbers
         ]
-    return sorted(found, key=lambda gain: (gain.data != HELD_OUT, gain.shift))
+    return _by_shift(found)
 
 
 def gains_since_first_step(run: Run) -> list[Gain]:
@@ -90,23 +80,34 @@ def gains_since_first_step(run: Run) -> list[Gain]:
 
     Empty for a model that was trained for one step, or does not think.
     """
+    trained, curves = _curves(run)
+    if trained < 2:
+        return []
+    found = []
+    for data, curve in curves.items():
+        first, last, base = curve[0], curve[trained - 1], curves[HELD_OUT][trained - 1]
+        gain = _gain(data, SINCE_FIRST, trained, first, base, [last])
+        found.append(gain._replace(shift=_exp(last - base)))
+    return _by_shift(found)
+
+
+def _curves(run: Run) -> tuple[int, dict[str, list[float]]]:
+    """The steps of training, and nll after 1, 2, ... of at least as many, by data.
+
+    Held-out text comes first; without its curve, or a model that thinks, there is none.
+    """
     if run.config is None or run.config.model.kind != "ebt" or space(run) != "text":
-        return []
+        return 0, {}
     trained = run.config.eval.num_steps or int(make_schedule(run.config.refine).length)
-    held_out = thinking_curve(run)
-    if trained < 2 or len(held_out) < trained:
-        return []
-    base = held_out[trained - 1]
-    curves = {HELD_OUT: held_out}
+    curves = {HELD_OUT: list(thinking_curve(run))}
+    if len(curves[HELD_OUT]) < trained:
+        return trained, {}
     for data, policies in run.policies.items():
         curves[data] = max(map(_curve, policies.values()), key=len, default=[])
-    found = [
-        _gain(data, SINCE_FIRST, trained, curve[0], base, curve[:trained])._replace(
-            shift=_exp(curve[trained - 1] - base)
-        )
-        for data, curve in curves.items()
-        if len(curve) >= trained
-    ]
+    return trained, {d: curve for d, curve in curves.items() if len(curve) >= trained}
+
+
+def _by_shift(found: Sequence[Gain]) -> list[Gain]:
     return sorted(found, key=lambda gain: (gain.data != HELD_OUT, gain.shift))
 
 

@@ -172,7 +172,7 @@ def groups_of(
         bad = next(run for run in runs if run.config is None)
         raise UserError(f"{bad.path}: {bad.notes[0]}")
     _check_alike(runs, by)
-    names = _named(runs, _keys(runs, apart, by))
+    names = _named(runs, _keys(runs, apart, by), folders_first=bool(apart))
     found = [
         (name, run, config) for name, (run, config) in zip(names, settled, strict=True)
     ]
@@ -267,13 +267,19 @@ def _keys(
     }
 
 
-def _named(runs: Sequence[Run], keys: dict[str, list]) -> list[str]:
-    """A name for the group of each run: of their folders, else of settings."""
+def _named(
+    runs: Sequence[Run], keys: dict[str, list], folders_first: bool
+) -> list[str]:
+    """A name for the group of each run: of their folders, else of settings.
+
+    Runs of several x have in their folder's name what a method is; those that differ in
+    their seed alone have it in the beginning of their own.
+    """
     values = [tuple(values[i] for values in keys.values()) for i in range(len(runs))]
     groups: dict[tuple, list[int]] = {}
     for i, value in enumerate(values):
         groups.setdefault(value, []).append(i)
-    for name_of in (_parent, _stem):
+    for name_of in (_parent, _stem) if folders_first else (_stem, _parent):
         names = {
             value: name_of([runs[i] for i in its]) for value, its in groups.items()
         }
