@@ -73,7 +73,7 @@ learning rate of each; 95 % intervals over three seeds, seconds on one core):
     light,muon            1.456            -0.027 (-0.031 to -0.023)   123
     final,muon            1.436            -0.046 (-0.060 to -0.032)   205
 
-One step is all that they are trained for, a second gains nothing. At equal time
+One step is all that they are trained for, a second gains nothing. At equal FLOPs
 Transformer++ stays ahead. experiments/RESULTS.md has tiny shakespeare, 3xs (level or a
 little behind, after 200 steps), and the study these come from.
 
