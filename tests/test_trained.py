@@ -54,10 +54,10 @@ def of_space(space):
     return [n for n, f in FILES.items() if packed.read(f).config.model.space == space]
 
 
-def test_text_goes_on(capsys):
+@pytest.mark.parametrize("name", of_space("text"))
+def test_text_goes_on(name, capsys):
     """As a new user would, with nothing trained."""
-    file = FILES[of_space("text")[0]]
-    argv = [f"--workdir={file}", "--prompt=The value of", "--new=8", "--json"]
+    argv = [f"--workdir={FILES[name]}", "--prompt=The value of", "--new=8", "--json"]
     assert ebt(["generate", *argv]) == 0
     made = json.loads(capsys.readouterr().out)
     assert len(made["tokens"]) == 8 and made["refinement_steps"] >= 1
