@@ -3,7 +3,7 @@
     ebt train --config=experiments/text.py:quickstart --workdir=runs/first
 
 trains on the English reference text that ships with Python; nothing is downloaded. 800
-steps take 2 minutes on 2 CPU cores and end at 1.34 nats per byte of held-out text.
+steps take 2 minutes on 2 CPU cores and end at 1.20 nats per byte of held-out text.
 
 Words, joined by commas after the colon:
 
@@ -28,7 +28,7 @@ Words, joined by commas after the colon:
     size=SIZE       4xs, 3xs, xxs (the default), xs, small, medium, large or xl, with
                     the published learning rate
     step_size=X     initial step size, with its published learning rate of 3 X peak_lr
-    quickstart      anchored, 4xs, for minutes on a laptop
+    quickstart      4xs, for minutes on a laptop; light,muon where no method is named
     fidelity        4xs, 16 x 128 bytes, 1,000 steps: the setting of the table below
     tiny            seconds; for tests
 
@@ -118,9 +118,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       UserError: for a word that is unknown or contradicts another.
     """
     words = parse_words(arg, methods=METHODS, settings=SETTINGS, options=OPTIONS)
+    if words.setting == "quickstart" and not words.method:
+        words = words._replace(method="light", options=(*words.options, "muon"))
     left_out = tuple(word for word in words.options if word in ABLATIONS)
     setting = words.setting or "published"
-    method = words.method or ("anchored" if setting == "quickstart" else "s1")
+    method = words.method or "s1"
     size = words.size or ("xxs" if setting == "published" else "4xs")
     config = _method(method, size)
     if words.step_size is not None:

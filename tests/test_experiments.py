@@ -113,6 +113,12 @@ def test_muon_goes_with_every_method():
     assert text("transformer_pp,muon").optim.name == "muon"
 
 
+def test_the_quickstart_is_the_recipe_that_is_worth_choosing():
+    assert text("quickstart") == text("quickstart,light,muon")
+    assert text("quickstart") == text("quickstart,muon")
+    assert text("quickstart,anchored").optim.name == "adamw"
+
+
 def test_a_step_size_brings_its_learning_rate():
     config = text("s1,step_size=5")
     assert (config.refine.step_size, config.optim.step_size_lr_multiplier) == (
