@@ -33,10 +33,11 @@ side by side.
 
 Measured (jax 0.10.2, CPU, 500 problems that are not in the text, seeds 0, 1, 2): of
 brackets as deep as in training Transformer++ closes 97.9 % (95.2 to 99.2 by seed),
-anchored 99.9, its System 2 99.1, whatever the steps; of deeper ones 19 (9 to 33), 27 (20
-to 34) and 22 % (18 to 26). More steps and samples gain nothing (RESULTS.md). Sums are
-not learnt in that time, here by Transformer++ from 3,600 lines and one seed: 4.3 % (2.5
-to 7.3) of answers are right, and 54.8 % of their characters, each after what is right.
+anchored 99.9, its System 2 99.1, whatever the steps; of deeper ones 19 (9 to 33), 27
+(20 to 34) and 22 % (18 to 26). More steps and samples gain nothing (RESULTS.md). Sums
+are not learnt in that time, here by Transformer++ from 3,600 lines and one seed: 4.3 %
+(2.5 to 7.3) of answers are right, and 54.8 % of their characters, each after what is
+right.
 """
 
 from __future__ import annotations
