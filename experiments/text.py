@@ -74,8 +74,8 @@ learning rate of each; 95 % intervals over three seeds, seconds on one core):
     final,muon            1.436            -0.046 (-0.060 to -0.032)   205
 
 One step is all that they are trained for, a second gains nothing. At equal FLOPs
-Transformer++ stays ahead. experiments/RESULTS.md has tiny shakespeare, 3xs (level after
-1,000 steps), and the study these come from.
+Transformer++ stays ahead. experiments/RESULTS.md has tiny shakespeare, 3xs (level on
+novels after 1,000 steps), and the study these come from.
 
 The published runs read 256 x 256 tokens of RedPajama with the GPT-NeoX tokenizer for a
 million steps: give `--config.data.path` and `--config.data.tokenizer`.
